@@ -1,0 +1,57 @@
+# Everything runs from a virtual environment that is made on first use and kept while
+# pyproject.toml and constraints.txt stay as they are. pip's own configuration (index, proxy,
+# cache) is honoured: to have PyTorch without CUDA, point it at PyTorch's CPU wheels.
+#   make demo      stream a continuation from the bundled model
+#   make test      checks and the quick tests    make test-all  also the slow ones
+#   make lint      checks alone                  make venv      the environment alone
+# Settings: VENV=DIR (default .venv), PYTHON=INTERPRETER (default python3.11, else python3).
+
+VENV ?= .venv
+# Run it rather than look for it: a version manager's shim may stand for nothing installed.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
+
+BIN := $(VENV)/bin
+# -qq: errors only
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+TORCH := $(VENV)/.torch-installed
+CORE := $(VENV)/.core-installed
+DEV := $(VENV)/.dev-installed
+
+# Two pytest workers: more threads in each would only fight for the cores.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-all lint venv
+.DEFAULT_GOAL := demo
+
+demo: $(CORE)
+	@$(BIN)/nanoglm demo
+
+test: lint
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: lint
+	$(PYTEST) -m "not gpu"
+
+lint: $(DEV)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+venv: $(DEV)
+
+# torch first and by itself, so that nothing which merely asks for some torch chooses another build.
+$(TORCH): constraints.txt
+	@echo "Making $(VENV), once; PyTorch is large ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@touch $@
+
+$(CORE): pyproject.toml $(TORCH)
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(DEV): pyproject.toml $(TORCH)
+	@echo "Installing what tests and checks need ..."
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $(CORE) $@
