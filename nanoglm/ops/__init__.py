@@ -1,0 +1,168 @@
+"""The ops: the only place that knows hardware.
+
+One name and one signature each, registered with ``torch.library`` under ``nanoglm::`` with fake
+and autograd, so devices, ``torch.compile`` and autograd work as PyTorch users expect. A backend
+registers a kernel for its device under the same name; ``torch_tiled`` serves every other device,
+and ``reference`` is each op's specification in the obvious form, for tests.
+
+Pure ops return new tensors and alias no input. :func:`cache_append` is the only mutator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoglm.ops import torch_tiled
+from nanoglm.ops.batch import Batch
+from nanoglm.ops.torch_tiled import dense_attention, headwise, linear, sigmoid, silu, top
+from nanoglm.ops.work import Work, count_work
+
+__all__ = [
+    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "headwise", "linear",
+    "select", "sigmoid", "silu", "sparse_attention", "top",
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ selection
+@torch.library.custom_op("nanoglm::select", mutates_args=())
+def _select(
+    q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int,
+    borders: Sequence[int], lengths: Sequence[int], k: int,
+) -> Tensor:  # fmt: skip
+    return torch_tiled.select(q, weights, keys, table, page_size, borders, lengths, k)
+
+
+@_select.register_fake
+def _(q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int, borders: Any, lengths: Any, k: int):  # type: ignore[no-untyped-def]  # fake kernels mirror the op above
+    return q.new_empty(q.shape[0], k, dtype=torch.int32)
+
+
+def select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int) -> Tensor:
+    """The Selection of each row: its k best-scoring visible positions (architecture spec 2.6).
+
+    Args:
+        q: [T, J, I] indexer queries after RoPE. weights: fp32 [T, J], scales folded in.
+        keys: [N, I] index keys in storage rows, this batch's own already written.
+        k: width of the Selection (``index_topk``), whatever the length.
+
+    Returns:
+        int32 [T, k], logical positions ascending, -1 after the valid ones. No gradient.
+    """
+    q, weights, keys = q.detach(), weights.detach(), keys.detach()
+    return _select(q, weights, keys, batch.table, batch.page_size, batch.borders, batch.lengths, k)
+
+
+# ------------------------------------------------------------------------------ attention
+@torch.library.custom_op("nanoglm::sparse_attention", mutates_args=())
+def _sparse_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor,
+    table: Tensor, page_size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    return torch_tiled.sparse_attention(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+
+
+@_sparse_attention.register_fake
+def _(q_latent: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q_latent)
+
+
+@torch.library.custom_op("nanoglm::sparse_attention_backward", mutates_args=())
+def _sparse_attention_backward(
+    grad: Tensor, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor,
+    requests: Tensor, table: Tensor, page_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch_tiled.sparse_attention_backward(
+        grad, q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale
+    )
+
+
+@_sparse_attention_backward.register_fake
+def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:4])
+
+
+def _sparse_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.page_size, ctx.scale = inputs[7:]
+
+
+def _sparse_attention_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grads = _sparse_attention_backward(grad, *ctx.saved_tensors, ctx.page_size, ctx.scale)
+    return *grads, None, None, None, None, None
+
+
+_sparse_attention.register_autograd(_sparse_attention_grad, setup_context=_sparse_attention_setup)
+
+
+def sparse_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, batch: Batch, scale: float
+) -> Tensor:
+    """Absorbed MLA over the selected rows only (architecture spec 2.5).
+
+    Args:
+        q_latent: [T, H, C]. q_rope: [T, H, R]. latent: [N, C] and rope: [N, R] in storage rows.
+        selection: int32 [T, K]; rows outside it are not read.
+        scale: ``qk_head_dim ** -0.5``, also in this absorbed form.
+
+    Returns:
+        [T, H, C], the attended latent. Differentiable in the four float inputs.
+    """
+    return _sparse_attention(
+        q_latent, q_rope, latent, rope, selection, batch.requests, batch.table, batch.page_size, scale
+    )
+
+
+# ------------------------------------------------------------------------------ experts
+@torch.library.custom_op("nanoglm::experts", mutates_args=())
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Routed SwiGLU experts, grouped by expert inside (architecture spec 2.9).
+
+    x [T, D], ids int64 [T, k], weights fp32 [T, k], gate_up [E, 2W, D] (gate rows first),
+    down [E, D, W] -> [T, D]. Differentiable in all but ids.
+    """
+    return torch_tiled.experts(x, ids, weights, gate_up, down)
+
+
+@experts.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("nanoglm::experts_backward", mutates_args=())
+def _experts_backward(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch_tiled.experts_backward(grad, x, ids, weights, gate_up, down)
+
+
+@_experts_backward.register_fake
+def _(grad: Tensor, x: Tensor, ids: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in (x, *inputs))
+
+
+def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _experts_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    d_x, d_weights, d_gate_up, d_down = _experts_backward(grad, *ctx.saved_tensors)
+    return d_x, None, d_weights, d_gate_up, d_down
+
+
+experts.register_autograd(_experts_grad, setup_context=_experts_setup)
+
+
+# ------------------------------------------------------------------------------ cache
+@torch.library.custom_op("nanoglm::cache_append", mutates_args=("pool",))
+def cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Writes values [T, dim] into pool [pages, page_size, dim] at storage rows slots int64 [T]."""
+    pool.flatten(0, 1).index_copy_(0, slots, values.to(pool.dtype))
+
+
+@cache_append.register_fake
+def _(pool: Tensor, values: Tensor, slots: Tensor) -> None:
+    return None

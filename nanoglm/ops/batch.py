@@ -1,0 +1,80 @@
+"""Batch: where the rows of a ragged batch stand, and where their keys lie.
+
+Every op sees tokens packed as ``[T]``, one request after another, no padding. Keys lie in
+storage rows; a page table translates a request's logical positions into them. Training and
+whole-sequence scoring use the same rule with pages of one row, so no op has two code paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoglm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Geometry of one forward pass over T tokens of B requests.
+
+    Attributes:
+        borders: B + 1 row numbers; request b owns rows ``borders[b]:borders[b + 1]``.
+        lengths: B counts; tokens of request b that exist after this pass (cached + new). Its new
+            rows are the last ones, so row r stands at ``lengths[b] - (borders[b + 1] - r)``.
+        positions: int64 [T], logical position of each row within its request.
+        requests: int64 [T], the request each row belongs to.
+        table: int32 [B, P], page table; page ``table[b, p // page_size]`` holds position p.
+        page_size: logical tokens per page.
+    """
+
+    borders: tuple[int, ...]
+    lengths: tuple[int, ...]
+    positions: Tensor
+    requests: Tensor
+    table: Tensor
+    page_size: int
+
+    @classmethod
+    def build(cls, counts: Sequence[int], lengths: Sequence[int], table: Tensor, page_size: int) -> Batch:
+        """``counts`` new rows per request, ``lengths`` tokens per request afterwards."""
+        borders = [0]
+        for count in counts:
+            borders.append(borders[-1] + count)
+        device = table.device
+        spans = [torch.arange(n - c, n, device=device) for c, n in zip(counts, lengths, strict=True)]
+        requests = torch.arange(len(counts), device=device)
+        repeats = torch.tensor(list(counts), device=device)
+        return cls(
+            borders=tuple(borders),
+            lengths=tuple(lengths),
+            positions=torch.cat(spans),
+            requests=requests.repeat_interleave(repeats),
+            table=table,
+            page_size=page_size,
+        )
+
+    @classmethod
+    def contiguous(cls, counts: Sequence[int], device: torch.device | str = "cpu") -> Batch:
+        """Whole sequences whose keys are the batch's own rows: pages of one token."""
+        if not counts or min(counts) <= 0:
+            raise InputError(f"sequence lengths are {list(counts)}; expected at least one token in each")
+        first = torch.tensor([sum(counts[:b]) for b in range(len(counts))], device=device)
+        offsets = torch.arange(max(counts), device=device)
+        # Past a sequence's end the table repeats its last row: readable, never visible.
+        last = torch.tensor(list(counts), device=device) - 1
+        table = first[:, None] + torch.minimum(offsets[None], last[:, None])
+        return cls.build(counts, counts, table.int(), 1)
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 [T]: the storage row of each of this batch's own tokens."""
+        return storage_rows(self.positions, self.requests, self.table, self.page_size)
+
+
+def storage_rows(positions: Tensor, requests: Tensor, table: Tensor, page_size: int) -> Tensor:
+    """Logical positions to storage rows; ``positions`` broadcasts against ``requests``. int64."""
+    pages = table[requests, positions // page_size].long()
+    return pages * page_size + positions % page_size

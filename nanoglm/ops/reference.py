@@ -1,0 +1,58 @@
+"""Each op's specification in the obvious form: loops and T x S tensors, tests only.
+
+The signatures are those of the public ops, so a test calls both with the same arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoglm.ops.batch import Batch
+
+
+def select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int) -> Tensor:
+    """Scores every visible key, sorts by (score descending, position ascending), keeps k."""
+    out = torch.full((q.shape[0], k), -1, dtype=torch.int32)
+    for row in range(q.shape[0]):
+        visible = _visible_rows(row, batch)
+        scores = (weights[row] @ (q[row].float() @ keys[visible].float().T).relu()) + 0.0
+        best = sorted(range(len(visible)), key=lambda s: (-float(scores[s]), s))[:k]
+        out[row, : len(best)] = torch.tensor(sorted(best), dtype=torch.int32)
+    return out
+
+
+def sparse_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, batch: Batch, scale: float
+) -> Tensor:
+    """Softmax over all visible keys with the unselected masked out; differentiable."""
+    rows = []
+    for row in range(q_latent.shape[0]):
+        visible = _visible_rows(row, batch)
+        chosen = [int(s) for s in selection[row] if s >= 0]
+        c, r = latent[visible].float(), rope[visible].float()
+        scores = (q_latent[row].float() @ c.T + q_rope[row].float() @ r.T) * scale
+        mask = torch.full((len(visible),), -torch.inf)
+        mask[chosen] = 0.0
+        rows.append((scores + mask).softmax(-1) @ c)
+    return torch.stack(rows).to(q_latent.dtype)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Token by token, choice by choice; differentiable."""
+    rows = []
+    for row in range(x.shape[0]):
+        total = torch.zeros(x.shape[1])
+        for expert, weight in zip(ids[row].tolist(), weights[row], strict=True):
+            gate, up = (gate_up[expert].float() @ x[row].float()).chunk(2)
+            total = total + weight * (down[expert].float() @ (F.silu(gate) * up))
+        rows.append(total)
+    return torch.stack(rows).to(x.dtype)
+
+
+def _visible_rows(row: int, batch: Batch) -> list[int]:
+    """Storage rows of the positions a batch row may see: its own and all before it."""
+    request = int(batch.requests[row])
+    size = batch.page_size
+    return [int(batch.table[request, p // size]) * size + p % size for p in range(int(batch.positions[row]) + 1)]

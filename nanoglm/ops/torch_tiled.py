@@ -1,0 +1,293 @@
+"""The default backend: plain PyTorch in tiles, O(tile) extra memory, on any device.
+
+Shape legend: T rows of the ragged batch, N storage rows, H heads, K selected, C latent, R rope,
+I index dim, J indexer heads, D hidden, E experts, W expert width, B requests.
+
+**Each row's arithmetic is independent of its batch.** A row's result may not depend on how many
+rows stand beside it, on chunking or on pages; that is what makes chunked prefill, batching,
+prefix reuse and speculation change no greedy token. Four measures give it on a CPU: GEMM rows are
+padded to a multiple of 16 (fp32 kernels change below 12), keys are scored in tiles that begin at
+fixed positions and whose width is a multiple of 64, attention always works at the full width K, and
+sigmoids are built from exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoglm.ops.batch import storage_rows
+from nanoglm.ops.work import tally
+
+ROW_MULTIPLE = 16  # measured: fp32 F.linear gives other bits for 1, 2, 10 and 11 rows
+QUERY_TILE = 64
+KEY_TILE = 1024
+KEY_MULTIPLE = 64
+GATHER_ELEMENTS = 1 << 21  # attention gathers at most this many latent values at once
+_LOWEST = torch.iinfo(torch.int64).min
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] with weight [out, in] -> [T, out]; a row's bits do not depend on T."""
+    rows = x.shape[0]
+    padding = -rows % ROW_MULTIPLE if x.device.type == "cpu" else 0
+    if not padding:
+        return F.linear(x, weight)
+    return F.linear(F.pad(x, (0, 0, 0, padding)), weight)[:rows]
+
+
+def headwise(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, H, a] with weight [H, a, b] -> [T, H, b]; a row's bits do not depend on T."""
+    rows = x.shape[0]
+    padding = -rows % ROW_MULTIPLE if x.device.type == "cpu" else 0
+    x = F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)[:rows]
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)). torch.sigmoid and F.silu take other code for the tail of a vector loop, so a
+    value's bits would depend on where it lies; exp's do not (measured), and the rest is exact."""
+    return 1 / (1 + torch.exp(-x))
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x) in fp32, cast once."""
+    wide = x.float()
+    return (wide * sigmoid(wide)).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------ selection
+def sort_keys(scores: Tensor, positions: Tensor) -> Tensor:
+    """The total tie rule as one int64: higher score first, -0.0 = +0.0, then lower position.
+
+    scores fp32, positions int64, broadcastable. Monotone bits of the score stand above the
+    inverted position, so all keys of a row differ and any top-k is deterministic.
+    """
+    bits = (scores + 0.0).view(torch.int32)
+    monotone = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (monotone.long() << 32) + (0xFFFFFFFF - positions)
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest fp32 scores [T, n] under the total tie rule, best first. int64 [T, k]."""
+    return sort_keys(scores, torch.arange(scores.shape[-1], device=scores.device)).topk(k).indices
+
+
+def select(
+    q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int,
+    borders: Sequence[int], lengths: Sequence[int], k: int,
+) -> Tensor:  # fmt: skip
+    """Lightning indexer scores fused with a streaming top-k (architecture spec 2.6).
+
+    q [T, J, I], weights fp32 [T, J] (both scales folded in), keys [N, I]. Returns the Selection,
+    int32 [T, k]: logical positions ascending, -1 after the valid ones.
+    """
+    out = torch.empty(q.shape[0], k, dtype=torch.int32, device=q.device)
+    for b, length in enumerate(lengths):
+        for begin in range(borders[b], borders[b + 1], QUERY_TILE):
+            end = min(begin + QUERY_TILE, borders[b + 1])
+            first = length - (borders[b + 1] - begin)  # logical position of row `begin`
+            best = _best_keys(q[begin:end], weights[begin:end], keys, table[b], page_size, first, k)
+            found = torch.where(best == _LOWEST, 1 << 32, 0xFFFFFFFF - (best & 0xFFFFFFFF))
+            found = found.sort(-1).values
+            out[begin:end] = torch.where(found >> 32 != 0, -1, found).int()
+    return out
+
+
+def _best_keys(q: Tensor, weights: Tensor, keys: Tensor, pages: Tensor, page_size: int, first: int, k: int) -> Tensor:
+    """The k largest sort keys of each row of one query tile, int64 [t, k], unordered."""
+    rows, heads, dim = q.shape
+    padding = max(-rows % 8, -(-ROW_MULTIPLE // heads) - rows)  # enough GEMM rows, see ROW_MULTIPLE
+    q = F.pad(q.float(), (0, 0, 0, 0, 0, padding)).reshape(-1, dim)
+    weights = F.pad(weights, (0, 0, 0, padding))
+    at = torch.arange(first, first + rows, device=q.device)[:, None]
+    best = torch.full((rows, k), _LOWEST, dtype=torch.int64, device=q.device)
+    threshold = torch.full((rows, 1), -torch.inf, device=q.device)
+    stop = first + rows
+    for low in range(0, stop, KEY_TILE):
+        high = min(low + KEY_TILE, -(-stop // KEY_MULTIPLE) * KEY_MULTIPLE)
+        lookup = torch.arange(low, high, device=q.device).clamp_(max=stop - 1)
+        key_tile = keys[pages[lookup // page_size].long() * page_size + lookup % page_size].float()
+        pair = torch.mm(q, key_tile.T).relu_().view(rows + padding, heads, high - low)
+        scores = torch.bmm(weights[:, None], pair).squeeze(1)[:rows]
+        # Tiles come in ascending position, so an equal score loses against what is already held.
+        beats = scores > threshold
+        pairs = rows * (high - low)
+        if high > first + 1:  # the tile reaches beyond what the first row may see
+            visible = torch.arange(low, high, device=q.device) <= at
+            beats &= visible
+            pairs = int(visible.sum()) if tally() else 0
+        if work := tally():
+            work.pairs_scored += pairs
+        row, column = beats.nonzero(as_tuple=True)
+        if not row.numel():
+            continue
+        counts = torch.bincount(row, minlength=rows)
+        place = torch.arange(row.numel(), device=q.device) - (counts.cumsum(0) - counts)[row]
+        candidates = best.new_full((rows, int(counts.max())), _LOWEST)
+        candidates[row, place] = sort_keys(scores[row, column], low + column)
+        best = torch.cat([best, candidates], 1).topk(k, sorted=False).values
+        threshold = _scores_of(best.min(-1, keepdim=True).values)
+    return best
+
+
+def _scores_of(sort_key: Tensor) -> Tensor:
+    """The fp32 score inside a sort key; -inf for an empty place."""
+    monotone = (sort_key >> 32).int()
+    scores = (monotone ^ ((monotone >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return scores.masked_fill(sort_key == _LOWEST, -torch.inf)
+
+
+# ------------------------------------------------------------------------------ attention
+def _gather(
+    begin: int, end: int, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor, table: Tensor,
+    page_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Storage rows [t, K], their latents and ropes in fp32, and which places are empty [t, 1, K]."""
+    chosen = selection[begin:end].long()
+    empty = chosen < 0
+    # An empty place reads the row's first selected key again: never a row outside the Selection.
+    chosen = torch.where(empty, chosen[:, :1], chosen).clamp_(min=0)
+    rows = storage_rows(chosen, requests[begin:end, None], table, page_size)
+    return rows, latent[rows].float(), rope[rows].float(), empty[:, None]
+
+
+def _tiles(rows: int, width: int) -> range:
+    return range(0, rows, max(1, GATHER_ELEMENTS // width))
+
+
+def sparse_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor,
+    table: Tensor, page_size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Absorbed MLA over the selected rows only (architecture spec 2.5).
+
+    q_latent [T, H, C], q_rope [T, H, R], latent [N, C], rope [N, R], selection int32 [T, K].
+    Returns the attended latent [T, H, C]. Softmax and sums in fp32.
+    """
+    out = torch.empty_like(q_latent)
+    tiles = _tiles(q_latent.shape[0], selection.shape[1] * (latent.shape[1] + rope.shape[1]))
+    for begin in tiles:
+        end = min(begin + tiles.step, q_latent.shape[0])
+        _, c, r, empty = _gather(begin, end, latent, rope, selection, requests, table, page_size)
+        weights = _softmax(q_latent[begin:end].float(), q_rope[begin:end].float(), c, r, empty, scale)
+        out[begin:end] = torch.bmm(weights, c)
+        if work := tally():
+            work.rows_attended += int((~empty).sum())
+    return out
+
+
+def _softmax(q_latent: Tensor, q_rope: Tensor, c: Tensor, r: Tensor, empty: Tensor, scale: float) -> Tensor:
+    scores = torch.bmm(q_latent, c.mT) + torch.bmm(q_rope, r.mT)
+    return scores.mul_(scale).masked_fill_(empty, -torch.inf).softmax(-1)
+
+
+def sparse_attention_backward(
+    grad: Tensor, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor,
+    requests: Tensor, table: Tensor, page_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q_latent, q_rope, latent and rope; probabilities are recomputed tile by tile."""
+    d_q_latent, d_q_rope = torch.empty_like(q_latent), torch.empty_like(q_rope)
+    d_latent = torch.zeros_like(latent, dtype=torch.float32)
+    d_rope = torch.zeros_like(rope, dtype=torch.float32)
+    tiles = _tiles(q_latent.shape[0], selection.shape[1] * (latent.shape[1] + rope.shape[1]))
+    for begin in tiles:
+        end = min(begin + tiles.step, q_latent.shape[0])
+        rows, c, r, empty = _gather(begin, end, latent, rope, selection, requests, table, page_size)
+        ql, qr, g = (x[begin:end].float() for x in (q_latent, q_rope, grad))
+        weights = _softmax(ql, qr, c, r, empty, scale)
+        d_weights = torch.bmm(g, c.mT)
+        d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
+        d_q_latent[begin:end] = torch.bmm(d_scores, c)
+        d_q_rope[begin:end] = torch.bmm(d_scores, r)
+        d_latent.index_add_(0, rows.flatten(), (torch.bmm(d_scores.mT, ql) + torch.bmm(weights.mT, g)).flatten(0, 1))
+        d_rope.index_add_(0, rows.flatten(), torch.bmm(d_scores.mT, qr).flatten(0, 1))
+    return d_q_latent, d_q_rope, d_latent.to(latent.dtype), d_rope.to(rope.dtype)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale: float, selection: Tensor | None = None
+) -> Tensor:
+    """Expanded causal attention within each sequence of a contiguous batch (architecture spec 2.4).
+
+    q, k [T, H, a], v [T, H, b] -> [T, H, b]. With a Selection every causal pair is still computed and
+    the unselected are masked: the cheaper way to *train* at lengths near k. Autograd is PyTorch's.
+    """
+    counts = {end - begin for begin, end in zip(borders, borders[1:], strict=False)}
+    if len(counts) > 1:  # ragged: one sequence at a time
+        parts = []
+        for begin, end in zip(borders, borders[1:], strict=False):
+            part = None if selection is None else selection[begin:end]
+            parts.append(dense_attention(q[begin:end], k[begin:end], v[begin:end], (0, end - begin), scale, part))
+        return torch.cat(parts)
+    length = counts.pop()
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    if selection is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        tiles = []
+        for begin in range(0, length, 256):
+            end = min(begin + 256, length)
+            chosen = selection.unflatten(0, (-1, length))[:, begin:end].long()
+            mask = torch.zeros(*chosen.shape[:2], end + 1, dtype=torch.bool, device=q.device)
+            mask.scatter_(2, torch.where(chosen < 0, end, chosen), True)  # column `end` takes the empty places
+            mask = mask[:, None, :, :end]
+            tiles.append(
+                F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], mask, scale=scale)
+            )
+        out = torch.cat(tiles, 2)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+# ------------------------------------------------------------------------------ experts
+def _by_expert(ids: Tensor, experts: int) -> list[Tensor]:
+    """For each expert, the slots (row * k + choice) that chose it, ascending."""
+    flat = ids.flatten()
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    return list(flat.argsort(stable=True).split(counts))
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Routed SwiGLU experts (architecture spec 2.9, step 5 without the shared expert).
+
+    x [T, D], ids int64 [T, k], weights fp32 [T, k], gate_up [E, 2W, D] (gate rows first),
+    down [E, D, W] -> [T, D]. A row's k results are added in the order of its choices, whatever the batch.
+    """
+    k = ids.shape[1]
+    results = x.new_empty(ids.numel(), x.shape[1])
+    for expert, slots in enumerate(_by_expert(ids, gate_up.shape[0])):
+        if slots.numel():
+            gate, up = linear(x[slots // k], gate_up[expert]).chunk(2, -1)
+            results[slots] = linear(silu(gate) * up, down[expert])
+    return (results.view(*ids.shape, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+
+
+def experts_backward(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up and down; activations are recomputed expert by expert."""
+    k = ids.shape[1]
+    d_x, d_weights = torch.zeros_like(x), torch.zeros_like(weights)
+    d_gate_up, d_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+    for expert, slots in enumerate(_by_expert(ids, gate_up.shape[0])):
+        if not slots.numel():
+            continue
+        rows = slots // k
+        x_rows, g_rows = x[rows], grad[rows]
+        gate, up = F.linear(x_rows, gate_up[expert]).chunk(2, -1)
+        open_ = sigmoid(gate)
+        active = gate * open_
+        hidden = active * up
+        d_hidden = g_rows @ down[expert]  # before the routing weight
+        d_weights.view(-1)[slots] = (d_hidden * hidden).sum(-1).to(weights.dtype)
+        scaled = g_rows * weights.view(-1)[slots, None].to(x.dtype)
+        d_down[expert] = scaled.mT @ hidden
+        d_hidden = d_hidden * weights.view(-1)[slots, None].to(x.dtype)
+        d_gate = d_hidden * up * (open_ + active * (1 - open_))
+        d_both = torch.cat([d_gate, d_hidden * active], -1)
+        d_gate_up[expert] = d_both.mT @ x_rows
+        d_x.index_add_(0, rows, d_both @ gate_up[expert])
+    return d_x, d_weights, d_gate_up, d_down

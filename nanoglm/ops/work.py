@@ -1,0 +1,39 @@
+"""Counting work: how many pairs were scored and how many rows attended.
+
+Sparse attention is a claim about multiply-adds, so the ops count what they do while they do it.
+The tally observes; it changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass
+class Work:
+    """Sums over all ops run inside one :func:`count_work` block."""
+
+    pairs_scored: int = 0  # (query, key) pairs that the lightning indexers scored
+    rows_attended: int = 0  # latent rows that attention read, over all queries and layers
+
+
+_tally: ContextVar[Work | None] = ContextVar("nanoglm_work", default=None)
+
+
+@contextmanager
+def count_work() -> Iterator[Work]:
+    """``with count_work() as work: ...`` then read ``work.pairs_scored``."""
+    work = Work()
+    token = _tally.set(work)
+    try:
+        yield work
+    finally:
+        _tally.reset(token)
+
+
+def tally() -> Work | None:
+    """The running tally, or None when nobody counts."""
+    return _tally.get()

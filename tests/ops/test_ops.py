@@ -1,0 +1,224 @@
+"""Every op equals its plain reference on drawn shapes; gradients equal autograd's; ties are total."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanoglm import ops
+from nanoglm.cache import PAGE, PagedCache
+from nanoglm.config import GLMConfig
+from nanoglm.errors import InputError
+from nanoglm.ops import Batch, count_work, reference, torch_tiled
+
+shapes = settings(deadline=None, max_examples=30, derandomize=True)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Batch, int]:
+    """A contiguous or a paged batch, and the number of storage rows it addresses."""
+    counts = draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
+    if draw(st.booleans()):
+        return Batch.contiguous(counts), sum(counts)
+    before = [draw(st.integers(0, 150)) for _ in counts]
+    lengths = [b + c for b, c in zip(before, counts, strict=True)]
+    wide = max(-(-n // PAGE) for n in lengths)
+    pages = torch.randperm(wide * len(counts) + 2)[: wide * len(counts)]  # shuffled, with holes
+    table = pages.view(len(counts), wide).int()
+    return Batch.build(counts, lengths, table, PAGE), (wide * len(counts) + 2) * PAGE
+
+
+@shapes
+@given(batches(), st.integers(1, 24), st.integers(1, 20), st.integers(1, 70), st.booleans(), st.integers(0, 99))
+def test_select_equals_reference(batch_rows, heads: int, dim: int, k: int, ties: bool, seed: int) -> None:
+    batch, rows = batch_rows
+    torch.manual_seed(seed)
+    q, keys = torch.randn(batch.borders[-1], heads, dim), torch.randn(rows, dim)
+    weights = torch.randn(batch.borders[-1], heads)
+    if ties:  # small integers: exact arithmetic, so many equal scores and the tie rule decides
+        q, keys, weights = q.round(), keys.round(), weights.round()
+    found = ops.select(q, weights, keys, batch, k)
+    expected = reference.select(q, weights, keys, batch, k)
+    if ties:
+        assert torch.equal(found, expected)
+    else:  # sums in another order may swap scores within rounding; the sets' scores must agree
+        differing = (found != expected).any(-1).nonzero().flatten().tolist()
+        for row in differing:
+            a, b = ({int(s) for s in sel[row] if s >= 0} for sel in (found, expected))
+            visible = reference._visible_rows(row, batch)
+            scores = weights[row] @ (q[row] @ keys[visible].T).relu()
+            gap = abs(min(scores[list(a - b)]) - min(scores[list(b - a)]))
+            assert len(a) == len(b) and gap < 1e-4 * scores.abs().max()
+
+
+def test_select_is_ascending_padded_and_causal() -> None:
+    batch = Batch.contiguous([40, 7])
+    selection = ops.select(torch.randn(47, 2, 8), torch.randn(47, 2), torch.randn(47, 8), batch, 16)
+    assert selection.dtype == torch.int32 and selection.shape == (47, 16)
+    for row, position in enumerate(batch.positions.tolist()):
+        valid = [s for s in selection[row].tolist() if s >= 0]
+        assert valid == sorted(set(valid)) and len(valid) == min(16, position + 1)
+        assert max(valid) <= position
+        assert selection[row].tolist() == valid + [-1] * (16 - len(valid))
+
+
+def test_tie_rule_minus_zero_equals_zero_then_lower_position() -> None:
+    """Order of the total rule: score, -0.0 = +0.0, lower position."""
+    scores = torch.tensor([[-0.0, 0.0, -1.0, 2.0, 2.0, float("inf"), -0.0, 1e-45]])
+    order = torch_tiled.sort_keys(scores, torch.arange(8)).argsort(descending=True)[0].tolist()
+    assert order == [5, 3, 4, 7, 0, 1, 6, 2]
+    assert ops.top(scores, 4)[0].tolist() == [5, 3, 4, 7]
+
+
+def test_self_is_selectable() -> None:
+    """Trap: the newest key counts. With only the own key scoring above zero it must be chosen."""
+    keys = torch.eye(4).repeat(5, 1)
+    q = keys[:, None]
+    selection = ops.select(q, torch.ones(20, 1), keys, Batch.contiguous([20]), 1)
+    assert selection[:4, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_score_of_all_zeros_selects_the_earliest() -> None:
+    """ReLU makes exact ties; the rule, not the sort's whim, decides them (also across key tiles)."""
+    n = torch_tiled.KEY_TILE + 100
+    selection = ops.select(torch.ones(n, 1, 2), torch.zeros(n, 1), torch.ones(n, 2), Batch.contiguous([n]), 5)
+    assert selection[-1].tolist() == [0, 1, 2, 3, 4]
+
+
+@shapes
+@given(batches(), st.integers(1, 5), st.integers(1, 20), st.integers(1, 9), st.integers(1, 30), st.integers(0, 99))
+def test_sparse_attention_equals_reference(
+    batch_rows, heads: int, latent_dim: int, rope_dim: int, k: int, seed: int
+) -> None:
+    batch, rows = batch_rows
+    torch.manual_seed(seed)
+    q = torch.randn(batch.borders[-1], heads, latent_dim), torch.randn(batch.borders[-1], heads, rope_dim)
+    storage = torch.randn(rows, latent_dim), torch.randn(rows, rope_dim)
+    selection = ops.select(torch.randn(batch.borders[-1], 1, 3), torch.randn(batch.borders[-1], 1),
+                           torch.randn(rows, 3), batch, k)  # fmt: skip
+    found = ops.sparse_attention(*q, *storage, selection, batch, 0.3)
+    torch.testing.assert_close(found, reference.sparse_attention(*q, *storage, selection, batch, 0.3))
+
+
+def test_sparse_attention_reads_no_unselected_row() -> None:
+    """Everything outside the Selection is poisoned with NaN; one row read and the output shows it."""
+    torch.manual_seed(0)
+    batch = Batch.contiguous([50])
+    selection = torch.full((50, 8), -1, dtype=torch.int32)
+    selection[:, 0] = torch.arange(50).clamp(max=3)  # rows 0..3 alone are ever selected
+    latent, rope = torch.full((50, 6), torch.nan), torch.full((50, 2), torch.nan)
+    latent[:4], rope[:4] = torch.randn(4, 6), torch.randn(4, 2)
+    out = ops.sparse_attention(torch.randn(50, 2, 6), torch.randn(50, 2, 2), latent, rope, selection, batch, 1.0)
+    assert out.isfinite().all()
+
+
+def test_sparse_attention_gradient(seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    batch = Batch.contiguous([13, 6])
+    inputs = [torch.randn(19, 2, 5), torch.randn(19, 2, 4), torch.randn(19, 5), torch.randn(19, 4)]
+    selection = ops.select(torch.randn(19, 1, 3), torch.randn(19, 1), torch.randn(19, 3), batch, 4)
+    _same_gradients(
+        lambda *x: ops.sparse_attention(*x, selection, batch, 0.4),
+        lambda *x: reference.sparse_attention(*x, selection, batch, 0.4),
+        inputs,
+    )
+
+
+@shapes
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(2, 20), st.integers(1, 9), st.data())
+def test_experts_equal_reference_and_gradients(rows: int, experts: int, dim: int, width: int, data) -> None:
+    k = data.draw(st.integers(1, experts))
+    torch.manual_seed(rows * 100 + dim)
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(rows)])
+    inputs = [torch.randn(rows, dim), torch.rand(rows, k), torch.randn(experts, 2 * width, dim),
+              torch.randn(experts, dim, width)]  # fmt: skip
+    found = ops.experts(inputs[0], ids, *inputs[1:])
+    torch.testing.assert_close(found, reference.experts(inputs[0], ids, *inputs[1:]), rtol=1e-4, atol=1e-4)
+    _same_gradients(lambda x, *w: ops.experts(x, ids, *w), lambda x, *w: reference.experts(x, ids, *w), inputs, 1e-3)
+
+
+def _same_gradients(ours, plain, inputs: list[Tensor], tolerance: float = 1e-4) -> None:
+    grads = []
+    for function in (ours, plain):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        grads.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("selected", [False, True])
+def test_dense_attention_ragged_equals_absorbed_reference(selected: bool) -> None:
+    """With queries and keys in latent space the expanded form is the same sum."""
+    torch.manual_seed(1)
+    batch = Batch.contiguous([30, 300, 5])
+    T = batch.borders[-1]
+    q, k, v = torch.randn(T, 2, 7), torch.randn(T, 2, 7), torch.randn(T, 2, 3)
+    selection = None
+    if selected:
+        selection = ops.select(torch.randn(T, 1, 3), torch.randn(T, 1), torch.randn(T, 3), batch, 9)
+    found = ops.dense_attention(q, k, v, batch.borders, 0.5, selection)
+    for row in range(T):
+        keys = reference._visible_rows(row, batch)
+        if selection is not None:
+            keys = [keys[s] for s in selection[row].tolist() if s >= 0]
+        weights = torch.einsum("ha,sha->hs", q[row], k[keys]).mul(0.5).softmax(-1)
+        torch.testing.assert_close(found[row], torch.einsum("hs,shv->hv", weights, v[keys]), rtol=1e-4, atol=1e-5)
+
+
+def test_registered_with_torch_library() -> None:
+    """Schema, fake and autograd registrations hold what PyTorch checks of a custom op."""
+    torch.manual_seed(0)
+    batch = Batch.contiguous([20])
+    q, w, keys = torch.randn(20, 2, 4), torch.randn(20, 2), torch.randn(20, 4)
+    args = q, w, keys, batch.table, 1, batch.borders, batch.lengths, 6
+    torch.library.opcheck(torch.ops.nanoglm.select.default, args)
+    selection = ops.select(q, w, keys, batch, 6)
+    leaves = [torch.randn(*s).requires_grad_() for s in ((20, 2, 5), (20, 2, 4), (20, 5), (20, 4))]
+    args = *leaves, selection, batch.requests, batch.table, 1, 0.5
+    torch.library.opcheck(torch.ops.nanoglm.sparse_attention.default, args)
+    leaves = [torch.randn(*s).requires_grad_() for s in ((20, 5), (20, 2), (3, 8, 5), (3, 5, 4))]
+    ids = torch.randint(0, 3, (20, 2))
+    torch.library.opcheck(torch.ops.nanoglm.experts.default, (leaves[0], ids, *leaves[1:]))
+    slots = torch.tensor([3, 70])
+    torch.library.opcheck(torch.ops.nanoglm.cache_append.default, (torch.zeros(2, 64, 3), torch.ones(2, 3), slots))
+
+
+def test_work_is_counted() -> None:
+    batch = Batch.contiguous([100, 33])
+    with count_work() as work:
+        selection = ops.select(torch.randn(133, 2, 4), torch.randn(133, 2), torch.randn(133, 4), batch, 10)
+    assert work.pairs_scored == sum(n * (n + 1) // 2 for n in (100, 33)) and work.rows_attended == 0
+    with count_work() as work:
+        ops.sparse_attention(
+            torch.randn(133, 1, 4), torch.randn(133, 1, 2), torch.randn(133, 4), torch.randn(133, 2),
+            selection, batch, 1.0,
+        )  # fmt: skip
+    assert work.rows_attended == sum(min(t + 1, 10) for n in (100, 33) for t in range(n))
+
+
+def test_cache_append_is_the_only_mutator() -> None:
+    """No op returns an alias of an input, and none but cache_append writes to one."""
+    for op in (torch.ops.nanoglm.select, torch.ops.nanoglm.sparse_attention, torch.ops.nanoglm.experts):
+        schema = op.default._schema
+        assert not any(a.alias_info for a in [*schema.arguments, *schema.returns])
+    schema = torch.ops.nanoglm.cache_append.default._schema
+    assert [a.name for a in schema.arguments if a.alias_info] == ["pool"] and not schema.returns
+
+
+def test_empty_sequence_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        Batch.contiguous([3, 0])
+
+
+def test_paged_store_writes_where_the_table_says() -> None:
+    config = GLMConfig.preset("tiny")
+    cache = PagedCache(config, 6)
+    first, second = cache.open(), cache.open()
+    batch = cache.extend([first, second], [70, 3])
+    values = torch.arange(73.0)[:, None].expand(73, config.kv_lora_rank)
+    cache.write_latent(0, values, torch.zeros(73, config.qk_rope_head_dim), batch)
+    rows = cache.latent(0)[0][batch.slots]
+    assert torch.equal(rows, values)
