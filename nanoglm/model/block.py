@@ -1,0 +1,34 @@
+"""One decoder layer: attention under a Selection, then the feed-forward part."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nanoglm.config import GLMConfig
+from nanoglm.model.layers import MLP, RMSNorm
+from nanoglm.model.mla import MLA
+from nanoglm.model.moe import MoE
+from nanoglm.model.step import Pass
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer (architecture spec 2.1): x + Attn(norm(x)), then x + FFN(norm(x))."""
+
+    def __init__(self, config: GLMConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_TD: Tensor, step: Pass, selection: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the residual stream [T, D] and the Selection for the layers that share it."""
+        attended_TD, selection = self.self_attn(self.input_layernorm(x_TD), step, selection)
+        x_TD = x_TD + attended_TD
+        y_TD = self.mlp(self.post_attention_layernorm(x_TD))
+        if isinstance(self.mlp, MoE):
+            y_TD, ids_Tk = y_TD
+            if step.tape is not None:
+                step.tape.experts[self.layer] = ids_Tk
+        return x_TD + y_TD, selection

@@ -1,0 +1,98 @@
+"""The small parts: Linear, norms, RoPE, SwiGLU.
+
+``Linear`` and ``moe.Experts`` are the only modules that hold matrices: number formats and stores
+replace their storage, never their callers.
+
+Shape legend: T tokens of the ragged batch, D hidden, R rope.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoglm import ops
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ without bias; ``weight`` is [out, in] as in the checkpoint."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return ops.linear(x_TD, self.weight)
+
+    def forward_fp32(self, x_TD: Tensor) -> Tensor:
+        """The same product in fp32 whatever the weight's dtype (router, indexer head weights)."""
+        return ops.linear(x_TD.float(), self.weight.float())
+
+
+class RMSNorm(nn.Module):
+    """w * x / sqrt(mean(x²) + eps); statistics and product in fp32, one cast (architecture spec 2.2)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x = x_TD.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (x * self.weight.float()).to(x_TD.dtype)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias in fp32: the indexer's k_norm, whose eps is 1e-6 (spec 2.6, trap 2)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x_TD.float(), weight.shape, weight, bias, self.eps).to(x_TD.dtype)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Interleaved RoPE at given positions: pair i is (x_{2i}, x_{2i+1}) (architecture spec 2.3).
+
+    cos and sin are fp32 [T, R/2]. The result is written in place of its pair, as vLLM does;
+    transformers writes it de-interleaved, which changes cached bytes but no dot product.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, dim: int, theta: float) -> Rotary:
+        """positions int64 [T]; plain RoPE of base ``theta`` over ``dim`` dims, angles in fp32."""
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+        angles = positions[:, None].float() * (1.0 / theta**exponents)
+        return cls(angles.cos(), angles.sin())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, R] or [T, H, R] -> the same shape and dtype, rotated."""
+        cos, sin = (self.cos, self.sin) if x.ndim == 2 else (self.cos[:, None], self.sin[:, None])
+        even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: (silu(x W_gateᵀ) * (x W_upᵀ)) W_downᵀ; dense layers and the shared expert (spec 2.8)."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(ops.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

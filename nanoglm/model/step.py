@@ -1,0 +1,51 @@
+"""Pass: what one forward pass carries past every layer.
+
+State is passed, never global: the batch's geometry, the rotation at its positions, where keys are
+kept, and which form attention takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from nanoglm.model.layers import Rotary
+from nanoglm.model.store import Store
+from nanoglm.ops import Batch
+
+if TYPE_CHECKING:
+    from nanoglm.model.indexer import IndexerInputs
+
+# sparse: absorbed, touches selected rows only. masked: expanded, every causal pair, unselected masked
+# (cheaper to train near length k). dense: expanded, no Selection (the baseline; contiguous batches only).
+Attention = Literal["sparse", "masked", "dense"]
+
+
+@dataclass
+class Tape:
+    """What training reads from a pass: per layer the experts chosen and, where ``indexers`` is set,
+    the indexer's inputs and the teacher's queries and keys (expanded forms only, detached)."""
+
+    indexers: bool = True
+    indexer: dict[int, IndexerInputs] = field(default_factory=dict)
+    attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    experts: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass over a ragged batch."""
+
+    batch: Batch
+    rotary: Rotary
+    store: Store
+    attention: Attention = "sparse"
+    replay: bool = False  # Full layers take the Selection they are given instead of their own
+    reuse_keys: bool = False  # MTP steps after the first: attend to the keys of step 0, write none
+    tape: Tape | None = None
+
+    def draft(self, rotary: Rotary) -> Pass:
+        """The same pass for a later MTP step: rotated further, keys and Selection of step 0 (KVShare)."""
+        return replace(self, rotary=rotary, reuse_keys=True)
