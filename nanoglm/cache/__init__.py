@@ -1,0 +1,5 @@
+"""The paged latent cache."""
+
+from nanoglm.cache.paged import PAGE, PagedCache
+
+__all__ = ["PAGE", "PagedCache"]

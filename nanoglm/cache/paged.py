@@ -1,0 +1,121 @@
+"""The paged latent cache: what a request remembers.
+
+A page names 64 logical tokens in every layer: one page id, one table per request. Storage is one
+tensor per kind and layer, ``[pages, 64, dim]``: latent, rope and, on Full layers and the MTP layer,
+index keys. Selections hold logical positions; only ops translate them to pages.
+
+A request's length decides what is visible. Rolling back n tokens shortens it and frees whole pages;
+what the abandoned tokens left behind is never read and is overwritten when the positions return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanoglm.config import GLMConfig
+from nanoglm.errors import InputError
+from nanoglm.ops import Batch, cache_append
+
+PAGE = 64
+
+
+class PagedCache:
+    """Pools, page tables and lengths of all open requests; the model's ``Store`` for paged passes.
+
+    Args:
+        config: gives layers and widths. pages: how many pages of 64 tokens to hold.
+        dtype, device: of the pools; index keys included.
+    """
+
+    def __init__(
+        self, config: GLMConfig, pages: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        def pool(dim: int) -> Tensor:
+            return torch.zeros(pages, PAGE, dim, dtype=dtype, device=device)
+
+        layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+        self._latent = [pool(config.kv_lora_rank) for _ in layers]
+        self._rope = [pool(config.qk_rope_head_dim) for _ in layers]
+        self._index_keys = {i: pool(config.index_head_dim) for i in layers if config.has_indexer(i)}
+        self._device = device
+        self._free = list(range(pages - 1, -1, -1))
+        self._tables: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._opened = 0
+
+    # ---------------------------------------------------------------- requests
+    def open(self) -> int:
+        """A new, empty request; returns its handle."""
+        self._opened += 1
+        self._tables[self._opened], self._lengths[self._opened] = [], 0
+        return self._opened
+
+    def close(self, request: int) -> None:
+        """Forgets a request and frees its pages."""
+        self._free += reversed(self._tables.pop(request))
+        del self._lengths[request]
+
+    def length(self, request: int) -> int:
+        """Tokens the request holds."""
+        return self._lengths[request]
+
+    def extend(self, requests: Sequence[int], counts: Sequence[int]) -> Batch:
+        """Makes room for ``counts`` new tokens and returns the batch that fills it.
+
+        Raises:
+            InputError: not enough free pages; nothing has changed then.
+        """
+        wanted = [-(-(self._lengths[r] + n) // PAGE) for r, n in zip(requests, counts, strict=True)]
+        missing = sum(w - len(self._tables[r]) for r, w in zip(requests, wanted, strict=True))
+        if missing > len(self._free):
+            raise InputError(f"cache has {len(self._free)} free pages of {PAGE} tokens; expected {missing}")
+        for request, count, pages in zip(requests, counts, wanted, strict=True):
+            table = self._tables[request]
+            while len(table) < pages:
+                table.append(self._free.pop())
+            self._lengths[request] += count
+        lengths = [self._lengths[r] for r in requests]
+        padded = [self._tables[r] + [0] * (max(wanted) - n) for r, n in zip(requests, wanted, strict=True)]
+        return Batch.build(counts, lengths, torch.tensor(padded, dtype=torch.int32, device=self._device), PAGE)
+
+    def rollback(self, request: int, tokens: int) -> None:
+        """Takes back the last ``tokens`` tokens; the request is as if they had never come.
+
+        Raises:
+            InputError: the request holds fewer.
+        """
+        held = self._lengths[request]
+        if not 0 <= tokens <= held:
+            raise InputError(f"rollback of {tokens} tokens; expected 0 to {held}, what the request holds")
+        self._lengths[request] = held - tokens
+        table = self._tables[request]
+        while len(table) > -(-self._lengths[request] // PAGE):
+            self._free.append(table.pop())
+
+    @property
+    def free_pages(self) -> int:
+        """Pages no request holds."""
+        return len(self._free)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes one token takes in all layers, the MTP layer's included."""
+        pools = [*self._latent, *self._rope, *self._index_keys.values()]
+        return sum(pool.shape[-1] * pool.element_size() for pool in pools)
+
+    # ---------------------------------------------------------------- the model's Store
+    def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
+        cache_append(self._latent[layer], latent_TC, batch.slots)
+        cache_append(self._rope[layer], rope_TR, batch.slots)
+
+    def latent(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._latent[layer].flatten(0, 1), self._rope[layer].flatten(0, 1)
+
+    def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
+        cache_append(self._index_keys[layer], keys_TI, batch.slots)
+
+    def index_keys(self, layer: int) -> Tensor:
+        return self._index_keys[layer].flatten(0, 1)
