@@ -1,0 +1,5 @@
+"""Text on one side, token ids on the other. Knows the configuration, never the model."""
+
+from nanoglm.chat.tokenizer import ADDED_TOKENS, TextStream, Tokenizer, byte_tokenizer
+
+__all__ = ["ADDED_TOKENS", "TextStream", "Tokenizer", "byte_tokenizer"]
