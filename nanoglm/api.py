@@ -1,0 +1,204 @@
+"""The small stable surface: load, logits, selections, generate, save.
+
+model = nanoglm.load()                       # the bundled default model
+model = nanoglm.load("path/to/checkpoint")   # any GLM-5-family checkpoint directory
+model = nanoglm.load("tiny")                 # a preset with random weights
+print(model.generate("It was")[0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
+from nanoglm.config import PRESETS, GLMConfig
+from nanoglm.engine import SamplingParams, generate
+from nanoglm.engine.generate import check_prompt
+from nanoglm.errors import CheckpointError, InputError
+from nanoglm.model import GLM, Attention, BatchStore
+from nanoglm.ops import Batch
+from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, materialise, save
+
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "nano"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Model:
+    """A loaded model: configuration, module, tokenizer and what one does with them.
+
+    Attributes:
+        config: the :class:`GLMConfig`. module: the ``nn.Module``. report: what loading found.
+        tokenizer: the checkpoint's, or None for a preset whose vocabulary is not the byte tokenizer's.
+    """
+
+    def __init__(self, module: GLM, tokenizer: Tokenizer | None, report: Report | None = None) -> None:
+        self.module, self.config = module.eval(), module.config
+        self._tokenizer, self.report = tokenizer, report or Report()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises InputError if this checkpoint came without one."""
+        if self._tokenizer is None:
+            raise InputError(f"model has no {TOKENIZER_FILE}; expected token ids instead of text")
+        return self._tokenizer
+
+    @torch.no_grad()
+    def logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        selections: Sequence[Sequence[Tensor]] | None = None,
+        *,
+        attention: Attention = "sparse",
+    ) -> list[Tensor]:
+        """Next-token logits at every position.
+
+        Args:
+            sequences: token ids, one list a sequence; they may differ in length.
+            selections: replayed instead of the indexers' own; as :meth:`selections` returns them.
+            attention: "sparse", or "dense" to compare with attention to every earlier token.
+
+        Returns:
+            One tensor [T, vocab] a sequence.
+
+        Raises:
+            InputError: an empty, too long or out-of-vocabulary sequence; selections of a wrong shape.
+        """
+        replay = None if selections is None else self._packed(sequences, selections)
+        output, counts = self._forward(sequences, replay, attention)
+        return list(self.module.logits(output.hidden).split(counts))
+
+    @torch.no_grad()
+    def selections(self, sequences: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """Which positions each token attends to, per sequence and layer.
+
+        Returns:
+            Per sequence a list of num_hidden_layers tensors, int32 [T, index_topk]: logical positions
+            ascending, -1 after the valid ones. A Shared layer's is the same object as its source's.
+        """
+        output, counts = self._forward(sequences, None, "sparse")
+        split = {id(s): s.split(counts) for s in output.selections if s is not None}
+        return [[split[id(s)][b] for s in output.selections] for b in range(len(counts))]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Continues each prompt; returns the continuations. Ends at the config's end tokens."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        return ["".join(self.stream(prompt, params, stop=stop)) for prompt in prompts]
+
+    def stream(self, prompt: str, params: SamplingParams | None = None, *, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Continues one prompt, yielding complete pieces of text as they are decided.
+
+        Text that may be the beginning of a stop string is held back until it is known not to be.
+        """
+        params = params or SamplingParams()
+        params = replace(params, stop_ids=params.stop_ids or self.config.eos_token_id)
+        ids = generate(self.module, self.tokenizer.encode(prompt), params)
+        return self._stream(ids, tuple(stop))
+
+    def _stream(self, ids: Iterator[int], stop: tuple[str, ...]) -> Iterator[str]:
+        decoder, held = self.tokenizer.stream(), ""
+        for i in ids:
+            held += decoder.push(i)
+            ends = [at for at in (held.find(s) for s in stop) if at >= 0]
+            if ends:
+                yield held[: min(ends)]
+                return
+            keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+            if len(held) > keep:
+                yield held[: len(held) - keep]
+                held = held[len(held) - keep :]
+        held += decoder.flush()
+        if held:
+            yield held
+
+    def save(self, directory: str | Path, dtype: torch.dtype = torch.bfloat16, mtp: bool = True) -> None:
+        """Writes a checkpoint that transformers, vLLM and SGLang read, with its tokenizer.
+
+        Args:
+            dtype: fp32, bf16 or fp16. mtp: False leaves the MTP layer out (transformers has none).
+        """
+
+        def beside(folder: Path) -> None:
+            if self._tokenizer is not None:
+                self._tokenizer.save(folder / TOKENIZER_FILE)
+
+        save(self.module, directory, dtype=dtype, mtp=mtp, beside=beside)
+
+    def checkpoint_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the checkpoint's tensors; works on the meta device."""
+        return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(self.module).items()}
+
+    # ---------------------------------------------------------------- inside
+    def _forward(self, sequences, replay, attention):  # type: ignore[no-untyped-def]  # see logits
+        for ids in sequences:
+            check_prompt(self.module, ids)
+        counts = [len(ids) for ids in sequences]
+        device = self.module.lm_head.weight.device
+        packed = torch.tensor([i for ids in sequences for i in ids], device=device)
+        batch = Batch.contiguous(counts, device)
+        return self.module(packed, batch, BatchStore(), attention=attention, selections=replay), counts
+
+    def _packed(self, sequences: Sequence[Sequence[int]], selections: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        layers = self.config.num_hidden_layers
+        for b, (ids, given) in enumerate(zip(sequences, selections, strict=False)):
+            for layer, tensor in enumerate(given):
+                if tensor.ndim != 2 or tensor.shape[0] != len(ids):
+                    raise InputError(
+                        f"selections[{b}][{layer}] has shape {list(tensor.shape)}; expected [{len(ids)}, k]"
+                    )
+        if len(selections) != len(sequences) or any(len(given) != layers for given in selections):
+            raise InputError(f"selections do not fit; expected {len(sequences)} lists of {layers} tensors")
+        return [torch.cat([given[layer] for given in selections]).int() for layer in range(layers)]
+
+
+def load(
+    path_or_preset: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    latent_norm_eps: float | None = None,
+) -> Model:
+    """Loads a checkpoint directory, a preset with random weights, or (None) the bundled default model.
+
+    Args:
+        dtype: of the weights in memory; the router bias and the indexers' head weights stay fp32.
+        device: "meta" builds shapes only.
+        latent_norm_eps: eps of the two latent norms; else the config's, else its rms_norm_eps.
+            Pass 1e-6 to compare with transformers, which hard-codes it.
+
+    Raises:
+        InputError: neither a directory nor a preset. ConfigError, CheckpointError: see the message.
+    """
+    name = str(DEFAULT_MODEL if path_or_preset is None else path_or_preset)
+    directory = Path(name)
+    if name in PRESETS and not directory.is_dir():
+        return _preset(name, dtype, device, latent_norm_eps)
+    if not directory.exists():
+        raise InputError(f"model {name!r} is neither a checkpoint directory nor a preset ({', '.join(PRESETS)})")
+    if not directory.is_dir():
+        raise CheckpointError(f"model {name!r} is a file; expected the directory that holds config.json")
+    module, report = Checkpoint(directory, latent_norm_eps=latent_norm_eps).load(dtype=dtype, device=device)
+    file = directory / TOKENIZER_FILE
+    return Model(module, Tokenizer.from_file(file) if file.is_file() else None, report)
+
+
+def _preset(name: str, dtype: torch.dtype, device: torch.device | str, latent_norm_eps: float | None) -> Model:
+    config = GLMConfig.preset(name)
+    if latent_norm_eps is not None:
+        config = config.replace(latent_norm_eps=latent_norm_eps)
+    with torch.device("meta"):
+        module = GLM(config)
+    if torch.device(device).type != "meta":
+        materialise(module, dtype, device).initialise()
+    tokenizer = byte_tokenizer()
+    return Model(module, tokenizer if config.vocab_size == tokenizer.vocab_size else None)
