@@ -1,0 +1,188 @@
+"""One command, subcommands by verb. Without a model each uses the bundled default."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from nanoglm.api import DEFAULT_MODEL, load
+from nanoglm.cache import PagedCache
+from nanoglm.config import PRESETS
+from nanoglm.engine import SamplingParams
+from nanoglm.errors import InputError, NanoglmError
+from nanoglm.eval.perplexity import all_full, evaluate
+from nanoglm.ops import count_work
+from nanoglm.weights import Checkpoint
+from nanoglm.weights import inspect as inspection
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DType = Literal["float32", "bfloat16", "float16"]
+Text = tyro.conf.Positional[str]
+
+
+def generate(
+    prompt: Text = "-",
+    /,
+    model: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    dtype: DType = "float32",
+) -> None:
+    """Continue a prompt, streaming the text to standard output.
+
+    Args:
+        prompt: The text to continue; - reads standard input.
+        model: A checkpoint directory or a preset; the bundled model if left out.
+        max_tokens: Most tokens to generate.
+        temperature: 0 is greedy.
+        top_k: Sample among the k likeliest tokens only.
+        seed: Of the sampler.
+        stop: Texts that end the continuation.
+        dtype: Of the weights in memory.
+    """
+    params = SamplingParams(max_tokens, temperature, top_k, seed)
+    loaded = load(model, dtype=DTYPES[dtype])
+    _print_stream(loaded.stream(_read_prompt(prompt), params, stop=stop))
+
+
+def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens: int = 400, seed: int = 1) -> None:
+    """Stream a continuation by the bundled model and show what IndexShare saved.
+
+    Args:
+        prompt: The text to continue.
+        max_tokens: Most tokens to generate.
+        seed: Of the sampler.
+    """
+    model = load()
+    config, console = model.config, Console(highlight=False)
+    console.print(f"[bold]{prompt}[/bold]", end="", soft_wrap=True)
+    began = time.perf_counter()
+    with count_work() as work:
+        text = _print_stream(model.stream(prompt, SamplingParams(max_tokens, 0.8, None, seed)))
+    seconds = time.perf_counter() - began
+    full, layers = len(config.full_layers), config.num_hidden_layers
+    everywhere = work.pairs_scored * layers // full
+    tokens = len(model.tokenizer.encode(text))
+    console.print(f"\nlayers       {full} Full + {layers - full} Shared ({config.pattern})")
+    console.print(
+        f"IndexShare   {1 - work.pairs_scored / everywhere:.1%} of the indexer work removed "
+        f"({work.pairs_scored:,} of {everywhere:,} pairs scored)"
+    )
+    console.print(f"speed        {tokens / seconds:.1f} tokens/s ({tokens} tokens in {seconds:.1f} s)")
+    cache = PagedCache(config, 1)
+    console.print(f"cache        {cache.bytes_per_token:,} bytes per token (float32, MTP layer included)")
+
+
+def evaluate_text(
+    text: Path, model: str | None = None, context: int = 512, tokens: int | None = None, dtype: DType = "float32"
+) -> None:
+    """Nats and bits per byte of a text: dense, all-Full sparse and IndexShare side by side.
+
+    Args:
+        text: A UTF-8 file.
+        model: A checkpoint directory or a preset; the bundled model if left out.
+        context: Tokens a window; each is scored on its own.
+        tokens: Score only the first so many tokens.
+        dtype: Of the weights in memory.
+    """
+    try:
+        content = text.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"text {text} cannot be read as UTF-8: {error}") from None
+    loaded = load(model, dtype=DTYPES[dtype])
+    directory = DEFAULT_MODEL if model is None else Path(model)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("evaluating", total=1.0)
+        rows = evaluate(
+            loaded, content, context=context, tokens=tokens, full=all_full(directory),
+            progress=lambda share: progress.update(task, completed=share),
+        )  # fmt: skip
+    table = Table("attention", "nats/token", "nats/byte", "bits/byte", "pairs scored", "rows attended")
+    for row in rows:
+        table.add_row(
+            row.name, f"{row.nats_per_token:.4f}", f"{row.nats_per_byte:.4f}", f"{row.bits_per_byte:.4f}",
+            f"{row.pairs_scored:,}", f"{row.rows_attended:,}",
+        )  # fmt: skip
+    Console().print(table)
+    if not any(row.name == "all-Full sparse" for row in rows):
+        print("all-Full sparse: not to be had, the Shared layers of this checkpoint own no indexer")
+
+
+def inspect(model: Annotated[str | None, tyro.conf.Positional] = None, /) -> None:
+    """Show a checkpoint's schedule, shapes, sizes and whether every tensor is there.
+
+    Args:
+        model: A checkpoint directory or a preset; the bundled model if left out.
+    """
+    if model in PRESETS and not Path(model).is_dir():
+        lines = inspection.describe_preset(model)
+    else:
+        loaded = load(model, device="meta")
+        lines = inspection.describe(loaded.module, Checkpoint(DEFAULT_MODEL if model is None else model), loaded.report)
+    for name, value in lines:
+        print(f"{name:<22}{value}")
+
+
+def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
+    """Train a preset on text, byte by byte: dense, indexer warm-up, sparse.
+
+    Args:
+        text: A UTF-8 file or a folder of .txt files.
+        out: The checkpoint directory to write; train.jsonl beside it is the log.
+        preset: A preset of the byte vocabulary (tiny or nano).
+        steps: Optimiser steps of 4,096 tokens.
+        seed: Of the weights and the data order.
+    """
+    from nanoglm.train.trainer import Recipe, read_text, run
+
+    run(preset, read_text(text), replace(Recipe(), steps=steps, seed=seed), out)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": generate,
+    "demo": demo,
+    "eval": evaluate_text,
+    "inspect": inspect,
+    "train": train,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. A user's mistake is one sentence on standard error and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanoglm", args=arguments, description=__doc__)
+    except NanoglmError as error:
+        print(f"nanoglm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _read_prompt(prompt: str) -> str:
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _print_stream(pieces: Iterable[str]) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        print(piece, end="", flush=True)
+    print()
+    return text
+
+
+if __name__ == "__main__":
+    main()
