@@ -1,9 +1,9 @@
 """The small stable surface: load, logits, selections, generate, save.
 
-model = nanoglm.load()                       # the bundled default model
-model = nanoglm.load("path/to/checkpoint")   # any GLM-5-family checkpoint directory
-model = nanoglm.load("tiny")                 # a preset with random weights
-print(model.generate("It was")[0])
+>>> model = nanoglm.load()                      # the bundled default model
+>>> model = nanoglm.load("path/to/checkpoint")  # any GLM-5-family checkpoint directory
+>>> model = nanoglm.load("tiny")                # a preset with random weights
+>>> print(model.generate("It was")[0])
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
@@ -20,7 +21,7 @@ from nanoglm.config import PRESETS, GLMConfig
 from nanoglm.engine import SamplingParams, generate
 from nanoglm.engine.generate import check_prompt
 from nanoglm.errors import CheckpointError, InputError
-from nanoglm.model import GLM, Attention, BatchStore
+from nanoglm.model import GLM, Attention, BatchStore, Output
 from nanoglm.ops import Batch
 from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, materialise, save
 
@@ -139,7 +140,9 @@ class Model:
         return {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(self.module).items()}
 
     # ---------------------------------------------------------------- inside
-    def _forward(self, sequences, replay, attention):  # type: ignore[no-untyped-def]  # see logits
+    def _forward(
+        self, sequences: Sequence[Sequence[int]], replay: list[Tensor] | None, attention: Attention
+    ) -> tuple[Output, list[int]]:
         for ids in sequences:
             check_prompt(self.module, ids)
         counts = [len(ids) for ids in sequences]
@@ -149,16 +152,24 @@ class Model:
         return self.module(packed, batch, BatchStore(), attention=attention, selections=replay), counts
 
     def _packed(self, sequences: Sequence[Sequence[int]], selections: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Selections per layer over the packed rows, checked: a wrong one would be answered, not noticed."""
         layers = self.config.num_hidden_layers
-        for b, (ids, given) in enumerate(zip(sequences, selections, strict=False)):
-            for layer, tensor in enumerate(given):
-                if tensor.ndim != 2 or tensor.shape[0] != len(ids):
-                    raise InputError(
-                        f"selections[{b}][{layer}] has shape {list(tensor.shape)}; expected [{len(ids)}, k]"
-                    )
         if len(selections) != len(sequences) or any(len(given) != layers for given in selections):
             raise InputError(f"selections do not fit; expected {len(sequences)} lists of {layers} tensors")
-        return [torch.cat([given[layer] for given in selections]).int() for layer in range(layers)]
+        width = max((t.shape[-1] for given in selections for t in given if t.ndim == 2), default=0)
+        packed: list[list[Tensor]] = [[] for _ in range(layers)]
+        for b, (ids, given) in enumerate(zip(sequences, selections, strict=True)):
+            newest = torch.arange(len(ids))[:, None]
+            for layer, tensor in enumerate(given):
+                name = f"selections[{b}][{layer}]"
+                if tensor.ndim != 2 or tensor.shape[0] != len(ids) or tensor.shape[1] == 0:
+                    raise InputError(f"{name} has shape {list(tensor.shape)}; expected [{len(ids)}, k]")
+                tensor = tensor.cpu().long()
+                if ((tensor > newest) | (tensor < -1)).any() or (tensor[:, 0] < 0).any():
+                    raise InputError(f"{name} holds a position no row may see; expected 0 to the row's own, then -1")
+                packed[layer].append(F.pad(tensor, (0, width - tensor.shape[1]), value=-1))
+        device = self.module.lm_head.weight.device
+        return [torch.cat(parts).int().to(device) for parts in packed]
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -104,10 +105,12 @@ def evaluate_text(
         raise InputError(f"text {text} cannot be read as UTF-8: {error}") from None
     loaded = load(model, dtype=DTYPES[dtype])
     directory = DEFAULT_MODEL if model is None else Path(model)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Even unused and transient, a Progress leaves an empty line where there is no terminal.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=1.0)
         rows = evaluate(
-            loaded, content, context=context, tokens=tokens, full=all_full(directory),
+            loaded, content, context=context, tokens=tokens, full=all_full(directory, dtype=DTYPES[dtype]),
             progress=lambda share: progress.update(task, completed=share),
         )  # fmt: skip
     table = Table("attention", "nats/token", "nats/byte", "bits/byte", "pairs scored", "rows attended")
@@ -133,7 +136,7 @@ def inspect(model: Annotated[str | None, tyro.conf.Positional] = None, /) -> Non
         loaded = load(model, device="meta")
         lines = inspection.describe(loaded.module, Checkpoint(DEFAULT_MODEL if model is None else model), loaded.report)
     for name, value in lines:
-        print(f"{name:<22}{value}")
+        print(f"{name:<24}{value}")
 
 
 def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
@@ -169,6 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _read_prompt(prompt: str) -> str:

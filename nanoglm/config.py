@@ -10,6 +10,7 @@ Source: architecture spec 1.1 to 1.3; presets from training spec 4.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -115,10 +116,17 @@ class GLMConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"config field {name} is {value!r}; expected an integer >= 0")
-        for name in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor"):
+        for name in _FACTORS:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
                 raise ConfigError(f"config field {name} is {value!r}; expected a positive number")
+        for name in ("norm_topk_prob", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"config field {name} is {getattr(self, name)!r}; expected true or false")
+        if self.pad_token_id is not None and (
+            not isinstance(self.pad_token_id, int) or isinstance(self.pad_token_id, bool)
+        ):
+            raise ConfigError(f"config field pad_token_id is {self.pad_token_id!r}; expected an integer")
         if self.num_nextn_predict_layers > 1:
             raise ConfigError(
                 f"config field num_nextn_predict_layers is {self.num_nextn_predict_layers}; "
@@ -186,10 +194,12 @@ class GLMConfig:
         layers = raw.get("num_hidden_layers")
         if not isinstance(layers, int) or isinstance(layers, bool) or layers <= 0:
             raise ConfigError(f"config field num_hidden_layers is {layers!r}; expected a positive integer")
-        heads = raw.get("num_attention_heads")
-        if raw.get("num_key_value_heads", heads) != heads:
+        if layers > _MOST_LAYERS:
+            raise ConfigError(f"config field num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}")
+        heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
+        if heads is not None and kv_heads is not None and kv_heads != heads:
             raise ConfigError(
-                f"config field num_key_value_heads is {raw['num_key_value_heads']!r}; MLA has one key and "
+                f"config field num_key_value_heads is {kv_heads!r}; MLA has one key and "
                 f"value head per query head, so num_attention_heads ({heads}) is expected"
             )
         known = {f.name for f in fields(cls)} - {"extra", "rope_theta"}
@@ -226,8 +236,7 @@ class GLMConfig:
         out["qk_head_dim"] = self.qk_head_dim
         out["moe_router_dtype"] = "float32"
         out["rope_parameters"] = {"rope_theta": self.rope_theta, "rope_type": "default"}
-        if self.eos_token_id:
-            out["eos_token_id"] = list(self.eos_token_id)
+        out["eos_token_id"] = list(self.eos_token_id) or None  # absent, transformers would take 1
         if self.pad_token_id is None:
             out.pop("pad_token_id")
         return out | dict(self.extra)
@@ -267,6 +276,8 @@ _SIZES = (  # positive integers that every file must give
 )
 # fmt: on
 _POSITIVE = (*_SIZES, "n_group", "topk_group", "max_position_embeddings")
+_FACTORS = ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor", "initializer_range")
+_MOST_LAYERS = 10_000  # a typing error must not fill the memory with a schedule
 
 
 def _types_from_pattern(pattern: Any, layers: int) -> tuple[str, ...]:
@@ -292,6 +303,9 @@ def _schedule(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
     if types is not None:
         if not isinstance(types, Sequence) or isinstance(types, str):
             raise ConfigError(f"config field indexer_types is {types!r}; expected a list of 'full' and 'shared'")
+        for kind in types:
+            if kind not in (FULL, SHARED):
+                raise ConfigError(f"config field indexer_types holds {kind!r}; expected 'full' or 'shared'")
         found["indexer_types"] = tuple(types)
     if raw.get("index_topk_pattern") is not None:
         found["index_topk_pattern"] = _types_from_pattern(raw["index_topk_pattern"], layers)
@@ -313,40 +327,47 @@ def _schedule(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
 
 
 def _letters(types: Sequence[Any]) -> str:
-    return "".join({FULL: "F", SHARED: "S"}.get(kind, "?") for kind in types)
+    return "".join("F" if kind == FULL else "S" for kind in types)
 
 
 def _uniform_schedule(types: tuple[str, ...]) -> dict[str, int]:
     """freq/offset keys when they describe ``types`` exactly; otherwise none, so nothing can disagree."""
-    for freq in range(1, len(types) + 1):
-        for offset in range(1, len(types) + 1):
-            if types_from_rule(len(types), freq, offset) == types:
-                return {"index_topk_freq": freq, "index_skip_topk_offset": offset}
-    return {}
+    if SHARED not in types:
+        return {"index_topk_freq": 1, "index_skip_topk_offset": 2}
+    offset = types.index(SHARED)  # the first layer that waits
+    freq = next((i for i in range(offset, len(types)) if types[i] == FULL), len(types)) - offset + 1
+    if types_from_rule(len(types), freq, offset) != types:
+        return {}
+    return {"index_topk_freq": freq, "index_skip_topk_offset": offset}
 
 
 def _mlp_layer_types(raw: Mapping[str, Any], layers: int) -> tuple[str, ...]:
-    dense = raw.get("first_k_dense_replace")
-    if dense is not None and (not isinstance(dense, int) or isinstance(dense, bool) or dense < 0):
+    """``mlp_layer_types``, else ``first_k_dense_replace``. The list wins, as in transformers, which writes
+    its default count of 3 beside any list."""
+    types, dense = raw.get("mlp_layer_types"), raw.get("first_k_dense_replace")
+    dense = 3 if dense is None else dense
+    if not isinstance(dense, int) or isinstance(dense, bool) or dense < 0:
         raise ConfigError(f"config field first_k_dense_replace is {dense!r}; expected an integer >= 0")
-    by_count = None if dense is None else ("dense",) * min(dense, layers) + ("sparse",) * max(layers - dense, 0)
-    types = raw.get("mlp_layer_types")
     if types is None:
-        return ("dense",) * min(3, layers) + ("sparse",) * max(layers - 3, 0) if by_count is None else by_count
-    if by_count is not None and tuple(types) != by_count:
-        raise ConfigError(
-            f"config fields mlp_layer_types and first_k_dense_replace ({dense}) disagree on which layers are dense"
-        )
+        return ("dense",) * min(dense, layers) + ("sparse",) * max(layers - dense, 0)
+    if not isinstance(types, Sequence) or isinstance(types, str):
+        raise ConfigError(f"config field mlp_layer_types is {types!r}; expected a list of 'dense' and 'sparse'")
     return tuple(types)
 
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
-    rope = raw.get("rope_parameters") or {}
+    rope = raw.get("rope_parameters")
+    rope = {} if rope is None else rope
     if not isinstance(rope, Mapping):
         raise ConfigError(f"config field rope_parameters is {rope!r}; expected an object with rope_theta")
-    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-        kind = rope.get("rope_type") or raw.get("rope_scaling")
-        raise ConfigError(f"config field rope_parameters.rope_type is {kind!r}; the family has 'default' (plain RoPE)")
+    if rope.get("rope_type") not in (None, "default"):
+        raise ConfigError(
+            f"config field rope_parameters.rope_type is {rope['rope_type']!r}; the family has 'default' (plain RoPE)"
+        )
+    if raw.get("rope_scaling"):
+        raise ConfigError(
+            f"config field rope_scaling is {raw['rope_scaling']!r}; the family has 'default' (plain RoPE)"
+        )
     theta = rope.get("rope_theta", raw.get("rope_theta"))
     if theta is None:
         raise ConfigError("config field rope_parameters.rope_theta is missing; expected the RoPE base")
@@ -354,10 +375,10 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-    ids = () if value is None else (value,) if isinstance(value, int) else tuple(value)
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ConfigError(f"config field eos_token_id is {value!r}; expected an integer or a list of integers")
-    return ids
+    return tuple(ids)
 
 
 # ------------------------------------------------------------------------------- presets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,10 +37,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InputError(f"max_tokens is {self.max_tokens}; expected at least 1")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; expected 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; expected a number, 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}; expected at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"seed is {self.seed}; expected 0 to 2**64 - 1")
 
 
 def check_prompt(model: GLM, ids: Sequence[int], new_tokens: int = 0) -> None:

@@ -16,5 +16,6 @@ def sample(logits_V: Tensor, temperature: float, top_k: int | None, generator: t
     if top_k is not None and top_k < logits_V.numel():
         kept = ops.top(logits_V[None], top_k)[0]
         logits_V = torch.full_like(logits_V, -torch.inf).index_copy_(0, kept, logits_V[kept])
-    probabilities = (logits_V / temperature).softmax(-1).cpu()
+    # The best logit becomes 0, so that a temperature near 0 divides nothing into infinity.
+    probabilities = ((logits_V - logits_V.max()) / temperature).softmax(-1).cpu()
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,8 +1,8 @@
 """Nats and bits per byte of a text: dense attention, all-Full sparse and IndexShare side by side.
 
 The text is cut into windows of ``context`` tokens, each scored on its own, every token but the
-first of a window predicted once. Bytes are those of the predicted tokens' share of the text, so
-tokenizers of different vocabularies compare.
+first of a window predicted once. Bytes are those of the predicted tokens, so tokenizers of different
+vocabularies compare.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,11 +38,11 @@ class Row:
         return self.nats_per_byte / math.log(2)
 
 
-def all_full(directory: Path) -> Model | None:
+def all_full(directory: Path, *, dtype: torch.dtype = torch.float32) -> Model | None:
     """The checkpoint with an indexer on every layer, if it brings indexers for its Shared layers."""
     if not (directory / SHARED_INDEXERS).is_file():
         return None
-    module, report = Checkpoint(directory, all_full=True).load()
+    module, report = Checkpoint(directory, all_full=True).load(dtype=dtype)
     return Model(module, None, report)
 
 
@@ -66,13 +67,15 @@ def evaluate(
     """
     if not 2 <= context <= model.config.max_position_embeddings:
         raise InputError(f"context is {context}; expected 2 to {model.config.max_position_embeddings}")
+    if tokens is not None and tokens < 2:
+        raise InputError(f"tokens is {tokens}; expected at least 2")
     ids = model.tokenizer.encode(text)
-    bytes_per_token = len(text.encode()) / max(len(ids), 1)
     ids = ids[:tokens]
     windows = [ids[i : i + context] for i in range(0, len(ids), context)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise InputError(f"text holds {len(ids)} tokens; expected at least 2")
+    size = sum(len(model.tokenizer.token_bytes(i, skip_special=False)) for window in windows for i in window[1:])
     ways: list[tuple[str, Model, Attention]] = [("dense", model, "dense")]
     if len(model.config.full_layers) == model.config.num_hidden_layers:
         full = model
@@ -90,7 +93,7 @@ def evaluate(
                     nats += float(_nats(logits, window))
                     count += len(window) - 1
                 progress((number + (i + len(part)) / len(windows)) / len(ways))
-        rows.append(Row(name, nats / count, nats / count / bytes_per_token, work.pairs_scored, work.rows_attended))
+        rows.append(Row(name, nats / count, nats / size, work.pairs_scored, work.rows_attended))
     return rows
 
 

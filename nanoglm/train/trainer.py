@@ -223,11 +223,21 @@ def run(preset: str, text: np.ndarray, recipe: Recipe, out: Path) -> None:
     """Trains a preset and writes its checkpoint directory, log and shared indexers into ``out``.
 
     Raises:
-        InputError: the preset's vocabulary is not the byte tokenizer's.
+        InputError: the preset's vocabulary is not the byte tokenizer's, the text is too short, or ``out``
+            is not empty.
     """
     config, tokenizer = GLMConfig.preset(preset), byte_tokenizer()
     if config.vocab_size != tokenizer.vocab_size:
         raise InputError(f"preset {preset} has vocabulary {config.vocab_size}; expected the byte tokenizer's 320")
+    if recipe.steps < 1:
+        raise InputError(f"steps is {recipe.steps}; expected at least 1")
+    if not 0 <= recipe.seed < 2**63:
+        raise InputError(f"seed is {recipe.seed}; expected 0 to 2**63 - 1")
+    longest = max(recipe.length, recipe.sparse_length)
+    if len(text) <= longest:  # found now, not when the last stage begins
+        raise InputError(f"text holds {len(text)} tokens; expected more than one window of {longest}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
     model = GLM(config).initialise(recipe.seed)
 
     def keep(module: GLM) -> None:
@@ -240,4 +250,5 @@ def run(preset: str, text: np.ndarray, recipe: Recipe, out: Path) -> None:
     if extra:
         partial = out / f".{SHARED_INDEXERS}"
         save_file(extra, partial, metadata={"format": "pt"})
+        partial.chmod((out / "config.json").stat().st_mode)  # safetensors writes 0600
         os.replace(partial, out / SHARED_INDEXERS)

@@ -76,7 +76,7 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         for file in sorted(set(self._files.values())):
             with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118  # a safetensors handle is no dict
+                for name in self._names(opened, file):
                     header = opened.get_slice(name)
                     self.shapes[name], self.dtypes[name] = tuple(header.get_shape()), header.get_dtype()
         absent = sorted(set(self._files) - set(self.shapes))
@@ -113,8 +113,12 @@ class Checkpoint:
         """All tensors in file order, one at a time."""
         for file in sorted(set(self._files.values())):
             with _open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118  # a safetensors handle is no dict
+                for name in self._names(opened, file):
                     yield name, opened.get_tensor(name)
+
+    def _names(self, opened: Any, file: Path) -> list[str]:
+        """The tensors to take from a file: not those that the index places in another one."""
+        return [name for name in opened.keys() if self._files.get(name, file) == file]  # noqa: SIM118  # no dict
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[GLM, Report]:
         """The model with its weights. Raises CheckpointError unless every name and shape fits."""
@@ -179,7 +183,17 @@ def checkpoint_tensors(model: GLM) -> dict[str, Tensor]:
 
 
 def materialise(model: GLM, dtype: torch.dtype, device: torch.device | str) -> GLM:
-    """Gives a model built on meta its storage, uninitialised, in the dtype each tensor is kept in."""
+    """Gives a model built on meta its storage, uninitialised, in the dtype each tensor is kept in.
+
+    Raises:
+        InputError: it cannot fit this machine's memory.
+    """
+    needed = sum(t.numel() * stored_dtype(n, dtype).itemsize for n, t in _named_tensors(model))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.device(device).type == "cpu" and needed > memory:
+        raise InputError(
+            f"model needs {needed / 1e9:,.0f} GB in {dtype}; expected at most this machine's {memory / 1e9:,.0f} GB"
+        )
     for path, module in model.named_modules():
         for name, value in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}" if path else name
@@ -217,6 +231,8 @@ def save(
     """
     if dtype not in DTYPES.values():
         raise InputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+    if model.lm_head.weight.is_meta:
+        raise InputError("model on device meta has no weights to save; expected one loaded on a real device")
     directory = Path(directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -227,13 +243,16 @@ def save(
         _write(model, staging, dtype, mtp, layout, shard_bytes)
         if beside is not None:
             beside(staging)
+        mode = (staging / "config.json").stat().st_mode
+        for file in staging.iterdir():
+            file.chmod(mode)  # safetensors writes 0600, which shuts out a server under another user
         directory.mkdir(exist_ok=True)
         stale = set(directory.glob("model*.safetensors*")) - {directory / f.name for f in staging.iterdir()}
         for file in sorted(staging.iterdir()):
             os.replace(file, directory / file.name)
         for file in stale:
             file.unlink()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"directory {directory} cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -242,6 +261,7 @@ def save(
 def _write(model: GLM, folder: Path, dtype: torch.dtype, mtp: bool, layout: Layout, shard_bytes: int) -> None:
     config = model.config if mtp else model.config.replace(num_nextn_predict_layers=0)
     raw = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
+    raw.pop("quantization_config", None)  # it described the file that was read; these weights are plain
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     drop = None if mtp else f"model.layers.{model.config.num_hidden_layers}."
     named = _named_tensors(model) if layout == "stacked" else iter(checkpoint_tensors(model).items())
@@ -264,7 +284,6 @@ def _write(model: GLM, folder: Path, dtype: torch.dtype, mtp: bool, layout: Layo
             n: v.to("cpu", _disk_dtype(n, dtype)).clone(memory_format=torch.contiguous_format) for n, v in shard.items()
         }
         save_file(copies, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes it private
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,0 +1,322 @@
+"""Losses against the definition spelled out one position at a time (training spec 6)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanoglm.cache import PagedCache
+from nanoglm.config import GLMConfig
+from nanoglm.model import GLM, Attention, BatchStore, Output, Tape
+from nanoglm.model.indexer import IndexerInputs
+from nanoglm.ops import Batch
+from nanoglm.train import losses
+from nanoglm.train.trainer import indexer_loss
+
+LENGTH = 24  # longer than the tiny preset's k of 16, so selection bites
+
+
+def build(seed: int = 0, **changes: object) -> GLM:
+    return GLM(GLMConfig.preset("tiny").replace(initializer_range=0.15, **changes)).initialise(seed)
+
+
+@pytest.fixture(scope="module")
+def model() -> GLM:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(0, 320, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def run(model: GLM, ids_BL: Tensor, attention: Attention, tape: Tape | None = None) -> Output:
+    batch = Batch.contiguous([ids_BL.shape[1]] * ids_BL.shape[0])
+    return model(ids_BL.flatten(), batch, BatchStore(), attention=attention, tape=tape)
+
+
+def nats(logits_V: Tensor, target: int) -> float:
+    """-log p(target), by the definition of softmax, in double precision."""
+    values = logits_V.double().tolist()
+    highest = max(values)
+    return highest + math.log(sum(math.exp(x - highest) for x in values)) - values[target]
+
+
+# ------------------------------------------------------------------------------- cross entropy
+def test_cross_entropy_by_hand(model: GLM, ids: Tensor) -> None:
+    with torch.no_grad():
+        hidden = run(model, ids, "dense").hidden
+    targets = torch.arange(len(hidden)) * 5 % 320
+    targets[[0, 7, 30]] = losses.IGNORE
+    with torch.no_grad():
+        total, count = losses.cross_entropy(model, hidden, targets)
+        logits = model.logits(hidden)
+    expected = sum(nats(logits[t], int(targets[t])) for t in range(len(hidden)) if targets[t] >= 0)
+    assert count == len(hidden) - 3
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sums_and_counts_of_parts_add_up(model: GLM, ids: Tensor) -> None:
+    targets = ids.flatten().roll(-1)
+    with torch.no_grad():
+        hidden = run(model, ids, "dense").hidden
+        parts = [losses.cross_entropy(model, hidden[a:b], targets[a:b]) for a, b in ((0, 5), (5, 40), (40, 48))]
+        total, count = losses.cross_entropy(model, hidden, targets)
+    assert float(sum(s for s, _ in parts)) == pytest.approx(total.item(), rel=1e-6)
+    assert sum(n for _, n in parts) == count == 48
+
+
+def test_only_ignored_targets_count_nothing(model: GLM) -> None:
+    total, count = losses.cross_entropy(model, torch.randn(3, 64), torch.full((3,), losses.IGNORE))
+    assert (total.item(), count) == (0.0, 0)
+
+
+# ------------------------------------------------------------------------------- MTP
+@torch.no_grad()
+def decoded(model: GLM, ids: list[int], depths: int) -> tuple[float, int]:
+    """MTP loss as decoding would meet it: one token at a time through the cache, one row a draft.
+
+    Depth 0 at position t reads token t + 1 and writes its keys; each later depth continues from that one
+    row alone, with its Selection and with keys of depth 0 only.
+    """
+    cache = PagedCache(model.config, 4)
+    request = cache.open()
+    total, count = 0.0, 0
+    for t in range(len(ids)):
+        output = model(torch.tensor(ids[t : t + 1]), cache.extend([request], [1]), cache)
+        hidden, selection = output.hidden, None
+        for depth in range(depths):
+            if t + 2 + depth >= len(ids):
+                break
+            following = torch.tensor([ids[t + 1 + depth]])
+            hidden, selection = model.draft(following, hidden, output.step, depth=depth, selection=selection)
+            total += nats(model.logits(hidden)[0], ids[t + 2 + depth])
+            count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("depths", [1, 2, 3])
+@pytest.mark.parametrize("attention", ["sparse", "masked", "dense"])
+def test_mtp_against_decoding(ids: Tensor, attention: Attention, depths: int) -> None:
+    # Dense training is decoding with k as large as the text; the other two work below it.
+    model = build(index_topk=LENGTH if attention == "dense" else 8)
+    with torch.no_grad():
+        total, count = losses.mtp(model, run(model, ids, attention), ids, depths)
+    expected = [decoded(model, row, depths) for row in ids.tolist()]
+    assert count == sum(n for _, n in expected) == 2 * sum(LENGTH - 2 - depth for depth in range(depths))
+    assert total.item() == pytest.approx(sum(s for s, _ in expected), rel=2e-5)
+
+
+def test_mtp_reads_no_token_it_predicts(model: GLM, ids: Tensor) -> None:
+    """The last token is only ever a target: another one moves one row's loss at depth 0, by its own nats."""
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 320
+    with torch.no_grad():
+        output = run(model, ids, "dense")
+        first, second = (float(losses.mtp(model, run(model, x, "dense"), x, 1)[0]) for x in (ids, changed))
+        hidden, _ = model.draft(ids.roll(-1, 1).flatten(), output.hidden, output.step)
+        logits = model.logits(hidden[LENGTH - 3])
+    moved = nats(logits, int(changed[0, -1])) - nats(logits, int(ids[0, -1]))
+    assert second - first == pytest.approx(moved, abs=2e-4)
+    assert abs(moved) > 0.01
+
+
+def test_mtp_trains_the_backbone_and_the_embedding(model: GLM, ids: Tensor) -> None:
+    total, _ = losses.mtp(model, run(model, ids, "dense"), ids, 2)
+    names = ["model.layers.4.eh_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
+    parameters = dict(model.named_parameters())
+    for gradient in torch.autograd.grad(total, [parameters[n] for n in names]):
+        assert gradient.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------- groups
+@pytest.mark.parametrize(
+    ("full", "layers", "expected"),
+    [
+        ((0, 2), 4, {0: range(0, 2), 2: range(2, 4)}),
+        ((0, 1, 5, 9), 12, {0: range(0, 1), 1: range(1, 5), 5: range(5, 9), 9: range(9, 12)}),
+        ((0, 1, 2), 3, {0: range(0, 1), 1: range(1, 2), 2: range(2, 3)}),
+        ((0,), 5, {0: range(0, 5)}),
+    ],
+)
+def test_groups(full: tuple[int, ...], layers: int, expected: dict[int, range]) -> None:
+    assert losses.groups(full, layers) == expected
+
+
+def test_groups_of_glm_52_are_the_selections_that_layers_use() -> None:
+    config = GLMConfig.preset("glm-5.2")
+    served = losses.groups(config.full_layers, config.num_hidden_layers)
+    source = 0
+    for layer in range(config.num_hidden_layers):
+        source = layer if config.has_indexer(layer) else source
+        assert layer in served[source]
+    assert sum(map(len, served.values())) == 78
+    assert served[74] == range(74, 78)
+
+
+# ------------------------------------------------------------------------------- indexer KL
+B, L, J, DIM, H, A = 2, 9, 4, 6, 3, 5
+SCALE = A**-0.5
+
+
+def kl_case(layers: int = 3, seed: int = 0) -> tuple[IndexerInputs, list[tuple[Tensor, Tensor]], Tensor]:
+    """Random indexer inputs, teachers, and a Selection of up to four of the visible positions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q, w, k = (normal(B * L, J, DIM), normal(B * L, J), normal(B * L, DIM))
+    inputs = IndexerInputs(*(x.requires_grad_() for x in (q, w, k)))
+    served = [(2 * normal(B * L, H, A), normal(B * L, H, A)) for _ in range(layers)]
+    selection = torch.full((B * L, 4), -1, dtype=torch.int32)
+    for row in range(B * L):
+        visible = torch.randperm(row % L + 1, generator=generator)[:4].sort().values
+        selection[row, : len(visible)] = visible
+    return inputs, served, selection
+
+
+def kl_by_hand(inputs: IndexerInputs, served: list[tuple[Tensor, Tensor]], selection: Tensor | None) -> Tensor:
+    """sum over rows of KL(p || q), with loops over sequences, rows, layers and heads."""
+    q, w, k = (x.double() for x in inputs)
+    total = torch.zeros((), dtype=torch.float64)
+    for first in range(0, B * L, L):
+        for row in range(first, first + L):
+            positions = range(row - first + 1) if selection is None else [int(s) for s in selection[row] if s >= 0]
+            keys = [first + s for s in positions]
+            scores = [sum(w[row, j] * (q[row, j] @ k[s]).relu() for j in range(J)) for s in keys]
+            log_q = torch.stack(scores).log_softmax(0)
+            p = torch.zeros(len(keys), dtype=torch.float64)
+            for queries, main_keys in served:
+                for h in range(H):
+                    logits = [(queries[row, h] @ main_keys[s, h]).double() * SCALE for s in keys]
+                    p += torch.stack(logits).softmax(0) / (H * len(served))
+            total = total + (p * (p.log() - log_q)).sum()
+    return total
+
+
+def gradients(loss: Tensor, inputs: IndexerInputs) -> list[Tensor]:
+    return [g.float() for g in torch.autograd.grad(loss, list(inputs))]
+
+
+@pytest.mark.parametrize("selected", [False, True], ids=["dense", "selected"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_kl_and_its_gradient_by_hand(layers: int, selected: bool) -> None:
+    inputs, served, selection = kl_case(layers)
+    chosen = selection if selected else None
+    total, count = losses.indexer_kl(inputs, served, L, SCALE, chosen)
+    expected = kl_by_hand(inputs, served, chosen)
+    assert count == B * L
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(gradients(total, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("selected", [False, True], ids=["dense", "selected"])
+def test_multi_layer_gradient_is_the_mean_of_the_layers_gradients(selected: bool) -> None:
+    """IndexCache 3.2: averaging teachers averages gradients; the values differ by a constant."""
+    inputs, served, selection = kl_case()
+    chosen = selection if selected else None
+    together, _ = losses.indexer_kl(inputs, served, L, SCALE, chosen)
+    apart = [losses.indexer_kl(inputs, [one], L, SCALE, chosen)[0] for one in served]
+    mean = torch.stack(apart).mean()
+    for ours, theirs in zip(gradients(together, inputs), gradients(mean, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert together.item() < mean.item() - 1e-3  # the mean form pays for what the layers disagree on
+
+
+def test_kl_is_zero_where_the_indexer_is_the_attention() -> None:
+    """q = p needs I[t, s] = q·k / sqrt(A): one indexer head on positive queries and keys, one main head."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.rand(B * L, 1, A, generator=generator) for _ in range(2))
+    inputs = IndexerInputs(queries, torch.full((B * L, 1), SCALE), keys[:, 0])
+    for selection in (None, kl_case()[2]):
+        total, _ = losses.indexer_kl(inputs, [(queries, keys)], L, SCALE, selection)
+        assert abs(total.item()) < 1e-5
+
+
+def test_kl_sees_no_later_token_and_no_other_sequence() -> None:
+    inputs, served, _ = kl_case()
+    total, _ = losses.indexer_kl(inputs, served, L, SCALE, None)
+    _, _, k = gradients(total, inputs)
+    alone = [
+        losses.indexer_kl(
+            IndexerInputs(*(x[b : b + L] for x in inputs)),
+            [(q[b : b + L], y[b : b + L]) for q, y in served],
+            L,
+            SCALE,
+            None,
+        )[0]
+        for b in (0, L)
+    ]
+    assert sum(alone).item() == pytest.approx(total.item(), rel=1e-5)
+    # A query's own row is the last it sees: the last key of a sequence is met by one row only.
+    (only,) = torch.autograd.grad(alone[0], inputs.keys_TI, retain_graph=True)
+    torch.testing.assert_close(only[L - 1], k[L - 1])
+    assert float(only[L:].abs().sum()) == 0.0
+
+
+def test_kl_survives_attention_that_underflows() -> None:
+    """Teachers so sharp that p is exactly 0 nearly everywhere give no NaN, in value or gradient."""
+    inputs, served, selection = kl_case()
+    sharp = [(1e4 * q, k) for q, k in served]
+    for chosen in (None, selection):
+        total, _ = losses.indexer_kl(inputs, sharp, L, SCALE, chosen)
+        assert math.isfinite(total.item()) and total.item() > 0
+        assert all(g.isfinite().all() for g in gradients(total, inputs))
+
+
+# ------------------------------------------------------------------------------- the gradient border
+@pytest.mark.parametrize(("attention", "sparse"), [("dense", False), ("masked", True)])
+def test_kl_moves_indexers_and_nothing_else(ids: Tensor, attention: Attention, sparse: bool) -> None:
+    """Hidden state and query latent enter the indexer detached: all else gets exactly zero gradient."""
+    model = build()
+    tape = Tape()
+    output = run(model, ids, attention, tape)
+    losses.mtp(model, output, ids, 1)  # the MTP layer has an indexer too
+    loss = indexer_loss(model, output, tape, LENGTH, sparse=sparse)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if ".indexer." in name:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None or not parameter.grad.any(), name
+    assert loss.item() > 0
+
+
+@pytest.mark.parametrize("attention", ["dense", "masked"])
+def test_the_other_losses_never_move_an_indexer(ids: Tensor, attention: Attention) -> None:
+    model = build()
+    output = run(model, ids, attention, Tape())
+    targets = ids.roll(-1, 1).flatten()
+    total = losses.cross_entropy(model, output.hidden, targets)[0] + losses.mtp(model, output, ids, 2)[0]
+    total.backward()
+    for name, parameter in model.named_parameters():
+        if ".indexer." in name:
+            assert parameter.grad is None or not parameter.grad.any(), name
+        elif ".experts." not in name and name != "model.embed_tokens.weight":
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize(("attention", "sparse"), [("dense", False), ("masked", True)])
+def test_indexer_loss_is_the_mean_over_indexers_of_their_group(ids: Tensor, attention: Attention, sparse: bool) -> None:
+    """FSFS: indexer 0 learns from layers 0 and 1, indexer 2 from 2 and 3, the MTP layer's from its own.
+
+    In the sparse stage on the Selection that the group attends under; the MTP layer's on all positions.
+    """
+    model, tape = build(), Tape()
+    output = run(model, ids, attention, tape)
+    losses.mtp(model, output, ids, 1)
+    terms = []
+    for first, layers in ((0, (0, 1)), (2, (2, 3)), (4, (4,))):
+        teachers = [tape.attention[layer] for layer in layers]
+        selection = output.selections[first] if sparse and first < 4 else None
+        total, count = losses.indexer_kl(tape.indexer[first], teachers, LENGTH, 32**-0.5, selection)
+        terms.append(total.item() / count)
+    assert sorted(tape.indexer) == [0, 2, 4]
+    assert sorted(tape.attention) == [0, 1, 2, 3, 4]
+    loss = indexer_loss(model, output, tape, LENGTH, sparse=sparse)
+    assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-6)
