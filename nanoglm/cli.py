@@ -80,7 +80,8 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
     console.print(f"\nlayers       {full} Full + {layers - full} Shared ({config.pattern})")
     console.print(
         f"IndexShare   {1 - work.pairs_scored / everywhere:.1%} of the indexer work removed "
-        f"({work.pairs_scored:,} of {everywhere:,} pairs scored)"
+        f"({work.pairs_scored:,} of {everywhere:,} pairs scored)",
+        soft_wrap=True,
     )
     console.print(f"speed        {tokens / seconds:.1f} tokens/s ({tokens} tokens in {seconds:.1f} s)")
     cache = PagedCache(config, 1)
