@@ -120,7 +120,8 @@ def evaluate_text(
             row.name, f"{row.nats_per_token:.4f}", f"{row.nats_per_byte:.4f}", f"{row.bits_per_byte:.4f}",
             f"{row.pairs_scored:,}", f"{row.rows_attended:,}",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, 96), no_wrap=True, crop=False)  # figures are never cut
     if not any(row.name == "all-Full sparse" for row in rows):
         print("all-Full sparse: not to be had, the Shared layers of this checkpoint own no indexer")
 

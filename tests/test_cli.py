@@ -228,16 +228,6 @@ def test_train_end_to_end(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.strip()
 
 
-def test_training_again_begins_a_new_log(trained: Path, tmp_path: Path) -> None:
-    from nanoglm.train.trainer import Recipe, read_text, run
-
-    (tmp_path / "text.txt").write_text(TEXT * 2)
-    recipe = Recipe(steps=1, batch=1, length=32, sparse_length=32)
-    for _ in range(2):
-        run("tiny", read_text(tmp_path / "text.txt"), recipe, tmp_path / "out")
-    assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 1
-
-
 # ------------------------------------------------------------------------------- mistakes
 def truncated_shard(folder: Path) -> list[str]:
     write(folder / "x", shard_bytes=200_000)
@@ -380,7 +370,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a file as output": (
         text_file(b"x" * 999, "train", "--text", "TEXT", "--out", "TEXT", "--preset", "tiny"),
-        r"text\.txt cannot be written",
+        r"text\.txt exists and is not empty; expected a new directory",
     ),
     "negative temperature": (plain("generate", "A", "--temperature", "-1"), r"temperature is -1\.0; expected"),
     "temperature that is no number": (plain("generate", "A", "--temperature", "nan"), r"temperature is nan; expected"),
