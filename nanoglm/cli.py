@@ -120,8 +120,7 @@ def evaluate_text(
             row.name, f"{row.nats_per_token:.4f}", f"{row.nats_per_byte:.4f}", f"{row.bits_per_byte:.4f}",
             f"{row.pairs_scored:,}", f"{row.rows_attended:,}",
         )  # fmt: skip
-    console = Console()
-    console.print(table, width=max(console.width, 96), no_wrap=True, crop=False)  # figures are never cut
+    Console(width=max(Console().width, 96)).print(table)  # figures are never cut
     if not any(row.name == "all-Full sparse" for row in rows):
         print("all-Full sparse: not to be had, the Shared layers of this checkpoint own no indexer")
 
