@@ -96,7 +96,7 @@ class GLMConfig:
     @property
     def pattern(self) -> str:
         """The schedule as a string of F and S, one letter a layer."""
-        return "".join("F" if kind == FULL else "S" for kind in self.indexer_types)
+        return _letters(self.indexer_types)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether ``layer`` owns an indexer. The MTP layer (index num_hidden_layers) always does."""
@@ -230,7 +230,7 @@ class GLMConfig:
         dense = self.mlp_layer_types.index("sparse") if "sparse" in self.mlp_layer_types else self.num_hidden_layers
         if "sparse" not in self.mlp_layer_types[:dense] and "dense" not in self.mlp_layer_types[dense:]:
             out["first_k_dense_replace"] = dense
-        out |= _uniform_schedule(self.indexer_types)
+        out |= _schedule_keys(self.indexer_types)
         out["num_key_value_heads"] = self.num_attention_heads
         out["head_dim"] = self.qk_rope_head_dim  # what transformers makes of it; 192 in GLM-5.2's file
         out["qk_head_dim"] = self.qk_head_dim
@@ -330,14 +330,15 @@ def _letters(types: Sequence[Any]) -> str:
     return "".join("F" if kind == FULL else "S" for kind in types)
 
 
-def _uniform_schedule(types: tuple[str, ...]) -> dict[str, int]:
-    """freq/offset keys when they describe ``types`` exactly; otherwise none, so nothing can disagree."""
+def _schedule_keys(types: tuple[str, ...]) -> dict[str, Any]:
+    """The second spelling beside ``indexer_types``, for engines that read no list: freq/offset where they
+    describe it exactly, else the F/S string."""
     if SHARED not in types:
         return {"index_topk_freq": 1, "index_skip_topk_offset": 2}
     offset = types.index(SHARED)  # the first layer that waits
     freq = next((i for i in range(offset, len(types)) if types[i] == FULL), len(types)) - offset + 1
     if types_from_rule(len(types), freq, offset) != types:
-        return {}
+        return {"index_topk_pattern": _letters(types)}
     return {"index_topk_freq": freq, "index_skip_topk_offset": offset}
 
 

@@ -16,6 +16,7 @@ K selected, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -108,8 +109,7 @@ class GLM(nn.Module):
         Returns:
             m [T, D] (``logits(m)`` predicts token t + 2 + depth) and the Selection to pass on.
         """
-        if depth:
-            step = step.draft(self.rotary(step.batch.positions + depth))
+        step = step.draft(self.rotary(step.batch.positions + depth)) if depth else replace(step, replay=False)
         return self.mtp.draft(self.model.embed_tokens(next_ids_T), hidden_TD, step, selection)
 
     @property

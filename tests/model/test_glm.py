@@ -113,3 +113,12 @@ def test_no_mtp_layer_is_one_sentence() -> None:
     output = model(IDS, BATCH, BatchStore())
     with pytest.raises(RuntimeError, match="no MTP layer"):
         model.draft(IDS, output.hidden, output.step)
+
+
+@torch.no_grad()
+def test_mtp_selects_for_itself_after_a_replay(model: GLM) -> None:
+    """Replaying Selections concerns the decoder layers; the MTP layer's step 0 runs its own indexer."""
+    first = model(IDS, BATCH, BatchStore())
+    again = model(IDS, BATCH, BatchStore(), selections=first.selections)
+    drafted, replayed = (model.draft(IDS, output.hidden, output.step) for output in (first, again))
+    assert torch.equal(drafted[0], replayed[0]) and torch.equal(drafted[1], replayed[1])
