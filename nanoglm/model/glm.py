@@ -82,7 +82,12 @@ class GLM(nn.Module):
             attention: "sparse" (default), or "masked" and "dense" for training and comparison.
             selections: one int32 [T, K] a layer, replayed instead of the indexers' own.
             tape: collects what training losses need.
+
+        Raises:
+            ValueError: an expanded form asked for on a paged batch, whose keys are not the batch's rows.
         """
+        if attention != "sparse" and batch.page_size != 1:
+            raise ValueError(f"attention is {attention!r} on a paged batch; expected 'sparse'")
         step = Pass(batch, self.rotary(batch.positions), store, attention, selections is not None, tape=tape)
         x_TD = self.model.embed_tokens(ids_T)
         selection: Tensor | None = None

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from nanoglm.api import load
+from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
-from nanoglm.model import GLM, BatchStore
+from nanoglm.model import GLM, Attention, BatchStore
 from nanoglm.model.indexer import Indexer
 from nanoglm.ops import Batch
 
@@ -60,6 +61,13 @@ def test_sparse_equals_dense_up_to_k_and_differs_beyond(model: GLM) -> None:
     k = model.config.index_topk
     torch.testing.assert_close(sparse[:k], dense[:k], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(sparse[k:], dense[k:], atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["masked", "dense"])
+def test_expanded_forms_refuse_a_paged_batch(model: GLM, attention: Attention) -> None:
+    cache = PagedCache(model.config, 2)
+    with pytest.raises(ValueError, match="paged batch"):
+        model(IDS[:3], cache.extend([cache.open()], [3]), cache, attention=attention)
 
 
 @torch.no_grad()
