@@ -1,14 +1,16 @@
-"""nanoglm equals transformers 5.23.0 on 100 drawn configurations, below and beyond k tokens.
+"""nanoglm equals transformers 5.23.0 on 100 distinct drawn configurations, below and beyond k tokens.
 
 Compared: hidden states after every layer, Selections, logits and greedy continuations, eager and fp32.
 Where our Selection differs from transformers' the row must be a near tie (its k-th and next score within
 1e-5); transformers' Selection is then replayed in that row and the row counted: at most 1 % of rows.
-Exact ties are no excuse: both sides resolve them by the same rule.
+Exact ties, which ReLU makes in 2 to 3 % of rows, are no excuse: both sides resolve them by the same rule.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -24,13 +26,13 @@ from nanoglm.engine import SamplingParams, generate
 from nanoglm.model import GLM, BatchStore
 from nanoglm.ops import Batch
 
-SHARDS, EXAMPLES = 4, 25
+SHARDS, DISTINCT, EXAMPLES = 4, 25, 45  # hypothesis repeats some draws
 LIMIT = 1e-5
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> GLMConfig:
-    layers = draw(st.integers(2, 6))
+def configs(draw: st.DrawFn, shard: int) -> GLMConfig:
+    layers = draw(st.sampled_from([[2, 6], [3], [4], [5]][shard]))  # so no two shards draw the same
     rope = 2 * draw(st.integers(1, 6))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     experts = groups * draw(st.integers(2, 4))
@@ -99,19 +101,22 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def counted() -> Iterator[dict[str, float]]:
-    """Rows seen and replayed over the examples of this worker."""
-    seen = {"rows": 0, "replayed": 0, "error": 0.0}
+def counted() -> Iterator[Counter[str]]:
+    """Over the examples of this worker: configurations, rows and greedy tokens, compared and excused."""
+    seen: Counter[str] = Counter()
     yield seen
-    print(f"\n{seen['replayed']} of {seen['rows']} rows replayed, largest error {seen['error']:.1e}")
+    print(f"\n{dict(seen)}")
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_layers_selections_and_logits(shard: int, counted: dict[str, float]) -> None:
+def test_equals_transformers(shard: int, counted: Counter[str]) -> None:
+    drawn: set[str] = set()
+
     @hypothesis.seed(shard)  # repeatable, and other configurations in each shard
     @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(configs(), st.data())
+    @given(configs(shard), st.data())
     def compare(config: GLMConfig, data: st.DataObject) -> None:
+        drawn.add(repr(config))
         k = config.index_topk
         lengths = data.draw(st.lists(st.integers(k - 1, 8 * k), min_size=1, max_size=3), label="lengths")
         seed = data.draw(st.integers(0, 2**20), label="seed") * SHARDS + shard
@@ -133,13 +138,18 @@ def test_layers_selections_and_logits(shard: int, counted: dict[str, float]) -> 
                 error(mine.logits, wanted.logits),
                 *(error(a, b) for a, b in zip(mine.hidden, wanted.hidden, strict=True)),
             )
-            counted["error"] = max(counted["error"], worst)
             assert worst <= LIMIT
+            counted["largest error x 1e9"] = max(counted["largest error x 1e9"], int(worst * 1e9))
         replayed = Model(ours, None).logits(sequences, selections=[trace.selections for trace in expected])
         assert all(error(a, b.logits) <= LIMIT for a, b in zip(replayed, expected, strict=True))
+        for ids in sequences:
+            compare_greedy(theirs, ours, ids, counted)
 
     compare()
+    assert len(drawn) >= DISTINCT
+    counted["configurations"] += len(drawn)
     assert counted["replayed"] <= 0.01 * counted["rows"], counted
+    assert counted["greedy near ties"] <= 0.01 * counted["greedy tokens"], counted
 
 
 def first_flips(
@@ -161,20 +171,38 @@ def first_flips(
     return {}
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(configs(), st.integers(0, 999))
-def test_greedy_continuations(config: GLMConfig, seed: int) -> None:
-    """Ours token by token on the paged cache, theirs with its own cache; stops at a near tie of logits."""
-    theirs, ours = pair(config, seed)
-    prompt = torch.randint(0, 97, (2 * config.index_topk,), generator=torch.Generator().manual_seed(seed)).tolist()
-    mine = list(generate(ours, prompt, SamplingParams(max_tokens=12)))
+@torch.no_grad()
+def compare_greedy(theirs: Any, ours: GLM, prompt: list[int], counted: Counter[str]) -> None:
+    """Ours on the paged cache, theirs on its own cache. Theirs is fed our tokens, so all 8 are compared;
+    where its two best logits lie within the limit the second is right too, and counted."""
     ids, cache = torch.tensor([prompt]), None
-    for token in mine:
-        with torch.no_grad(), our_tie_rule():
+    for token in generate(ours, prompt, SamplingParams(max_tokens=8)):
+        with our_tie_rule():
             out = theirs(ids, past_key_values=cache, use_cache=True)
         cache, logits = out.past_key_values, out.logits[0, -1]
         best = logits.topk(2)
-        if best.values[0] - best.values[1] < 1e-4:
-            return
-        assert token == int(best.indices[0])
+        counted["greedy tokens"] += 1
+        if token != int(best.indices[0]):
+            assert token == int(best.indices[1])
+            assert best.values[0] - best.values[1] <= LIMIT * max(1.0, float(logits.abs().max()))
+            counted["greedy near ties"] += 1
         ids = torch.tensor([[token]])
+
+
+def test_a_wrong_selection_is_no_near_tie() -> None:
+    """The excuse is narrow: one position exchanged for another with a clearly lower score is refused."""
+    config = GLMConfig.preset("tiny").replace(num_nextn_predict_layers=0)
+    theirs, ours = pair(config, 1)
+    ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    expected, found = [run_theirs(theirs, config, ids)], run_ours(ours, [ids], {})
+    assert not first_flips(config, found, expected, [60])
+    wrong = found[0].selections[0].clone()
+    missing = next(s for s in range(59) if s not in wrong[59].tolist())
+    wrong[59] = torch.tensor(sorted([missing, *wrong[59].tolist()[1:]]))
+    found[0].selections[0] = wrong
+    with pytest.raises(AssertionError, match="layer 0 row 59: Selections differ"):
+        first_flips(config, found, expected, [60])
+    expected[0].scores[0][59] = 1.0  # were all scores equal, it would be excused, replayed and counted
+    assert list(first_flips(config, found, expected, [60])) == [(0, 59)]
+    forced = {(0, 59): expected[0].selections[0][59]}
+    assert not first_flips(config, run_ours(ours, [ids], forced), expected, [60])
