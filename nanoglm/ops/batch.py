@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Batch:
         table = first[:, None] + torch.minimum(offsets[None], last[:, None])
         return cls.build(counts, counts, table.int(), 1)
 
-    @property
+    @cached_property  # every layer asks
     def slots(self) -> Tensor:
         """int64 [T]: the storage row of each of this batch's own tokens."""
         return storage_rows(self.positions, self.requests, self.table, self.page_size)

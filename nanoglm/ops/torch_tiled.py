@@ -13,6 +13,7 @@ sigmoids are built from exp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,7 +101,7 @@ def select(
 def _best_keys(q: Tensor, weights: Tensor, keys: Tensor, pages: Tensor, page_size: int, first: int, k: int) -> Tensor:
     """The k largest sort keys of each row of one query tile, int64 [t, k], unordered."""
     rows, heads, dim = q.shape
-    padding = max(-rows % 8, -(-ROW_MULTIPLE // heads) - rows)  # enough GEMM rows, see ROW_MULTIPLE
+    padding = -rows % (ROW_MULTIPLE // math.gcd(ROW_MULTIPLE, heads))  # rows * heads GEMM rows
     q = F.pad(q.float(), (0, 0, 0, 0, 0, padding)).reshape(-1, dim)
     weights = F.pad(weights, (0, 0, 0, padding))
     at = torch.arange(first, first + rows, device=q.device)[:, None]

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 class Work:
     """Sums over all ops run inside one :func:`count_work` block."""
 
-    pairs_scored: int = 0  # (query, key) pairs that the lightning indexers scored
+    # Visible (query, key) pairs that the lightning indexers scored. A tile also computes what reaches past
+    # the diagonal, under 128 keys a query, and throws it away uncounted.
+    pairs_scored: int = 0
     rows_attended: int = 0  # latent rows that attention read, over all queries and layers
 
 
