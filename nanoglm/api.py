@@ -101,6 +101,8 @@ class Model:
 
         Text that may be the beginning of a stop string is held back until it is known not to be.
         """
+        if "" in stop:
+            raise InputError("stop holds an empty text; expected at least one character")
         params = params or SamplingParams()
         params = replace(params, stop_ids=params.stop_ids or self.config.eos_token_id)
         ids = generate(self.module, self.tokenizer.encode(prompt), params)
@@ -190,17 +192,29 @@ def load(
     Raises:
         InputError: neither a directory nor a preset. ConfigError, CheckpointError: see the message.
     """
-    name = str(DEFAULT_MODEL if path_or_preset is None else path_or_preset)
-    directory = Path(name)
-    if name in PRESETS and not directory.is_dir():
-        return _preset(name, dtype, device, latent_norm_eps)
-    if not directory.exists():
-        raise InputError(f"model {name!r} is neither a checkpoint directory nor a preset ({', '.join(PRESETS)})")
-    if not directory.is_dir():
-        raise CheckpointError(f"model {name!r} is a file; expected the directory that holds config.json")
+    directory = checkpoint_directory(path_or_preset)
+    if directory is None:
+        return _preset(str(path_or_preset), dtype, device, latent_norm_eps)
     module, report = Checkpoint(directory, latent_norm_eps=latent_norm_eps).load(dtype=dtype, device=device)
     file = directory / TOKENIZER_FILE
     return Model(module, Tokenizer.from_file(file) if file.is_file() else None, report)
+
+
+def checkpoint_directory(path_or_preset: str | Path | None) -> Path | None:
+    """The directory that a user's name for a model means; None if it is a preset's.
+
+    Raises:
+        InputError, CheckpointError: neither a directory nor a preset.
+    """
+    name = str(DEFAULT_MODEL if path_or_preset is None else path_or_preset)
+    directory = Path(name)
+    if directory.is_dir():
+        return directory
+    if name in PRESETS:
+        return None
+    if directory.exists():
+        raise CheckpointError(f"model {name!r} is a file; expected the directory that holds config.json")
+    raise InputError(f"model {name!r} is neither a checkpoint directory nor a preset ({', '.join(PRESETS)})")
 
 
 def _preset(name: str, dtype: torch.dtype, device: torch.device | str, latent_norm_eps: float | None) -> Model:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,14 +15,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from nanoglm.api import DEFAULT_MODEL, load
+from nanoglm.api import checkpoint_directory, load
 from nanoglm.cache import PagedCache
-from nanoglm.config import PRESETS
 from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.ops import count_work
-from nanoglm.weights import Checkpoint
 from nanoglm.weights import inspect as inspection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,7 +66,7 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
     """
     model = load()
     config, console = model.config, Console(highlight=False)
-    console.print(f"[bold]{prompt}[/bold]", end="", soft_wrap=True)
+    console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
     began = time.perf_counter()
     with count_work() as work:
         text = _print_stream(model.stream(prompt, SamplingParams(max_tokens, 0.8, None, seed)))
@@ -104,14 +101,14 @@ def evaluate_text(
         content = text.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"text {text} cannot be read as UTF-8: {error}") from None
-    loaded = load(model, dtype=DTYPES[dtype])
-    directory = DEFAULT_MODEL if model is None else Path(model)
+    loaded, directory = load(model, dtype=DTYPES[dtype]), checkpoint_directory(model)
+    full = None if directory is None else all_full(directory, dtype=DTYPES[dtype])
     console = Console(stderr=True)
     # Even unused and transient, a Progress leaves an empty line where there is no terminal.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("evaluating", total=1.0)
         rows = evaluate(
-            loaded, content, context=context, tokens=tokens, full=all_full(directory, dtype=DTYPES[dtype]),
+            loaded, content, context=context, tokens=tokens, full=full,
             progress=lambda share: progress.update(task, completed=share),
         )  # fmt: skip
     table = Table("attention", "nats/token", "nats/byte", "bits/byte", "pairs scored", "rows attended")
@@ -131,12 +128,9 @@ def inspect(model: Annotated[str | None, tyro.conf.Positional] = None, /) -> Non
     Args:
         model: A checkpoint directory or a preset; the bundled model if left out.
     """
-    if model in PRESETS and not Path(model).is_dir():
-        lines = inspection.describe_preset(model)
-    else:
-        loaded = load(model, device="meta")
-        lines = inspection.describe(loaded.module, Checkpoint(DEFAULT_MODEL if model is None else model), loaded.report)
-    for name, value in lines:
+    directory = checkpoint_directory(model)
+    describe = inspection.describe_preset(str(model)) if directory is None else inspection.describe(directory)
+    for name, value in describe:
         print(f"{name:<24}{value}")
 
 
@@ -152,7 +146,7 @@ def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: 
     """
     from nanoglm.train.trainer import Recipe, read_text, run
 
-    run(preset, read_text(text), replace(Recipe(), steps=steps, seed=seed), out)
+    run(preset, read_text(text), Recipe(steps=steps, seed=seed), out)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

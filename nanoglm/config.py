@@ -228,7 +228,7 @@ class GLMConfig:
         out["indexer_types"] = list(self.indexer_types)
         out["mlp_layer_types"] = list(self.mlp_layer_types)
         dense = self.mlp_layer_types.index("sparse") if "sparse" in self.mlp_layer_types else self.num_hidden_layers
-        if "sparse" not in self.mlp_layer_types[:dense] and "dense" not in self.mlp_layer_types[dense:]:
+        if "dense" not in self.mlp_layer_types[dense:]:
             out["first_k_dense_replace"] = dense
         out |= _schedule_keys(self.indexer_types)
         out["num_key_value_heads"] = self.num_attention_heads

@@ -75,6 +75,16 @@ def test_stream_joined_is_generate_and_stop_texts_never_show(model: Model) -> No
     assert cut == whole[: whole.index(stop)]
 
 
+def test_empty_stop_text_is_refused(model: Model) -> None:
+    with pytest.raises(InputError, match="stop holds an empty text"):
+        model.generate("abc", stop=["x", ""])
+
+
+def test_weights_are_floats() -> None:
+    with pytest.raises(InputError, match=r"dtype is torch\.int8; expected"):
+        nanoglm.load("tiny", dtype=torch.int8)
+
+
 def test_save_and_load_again(model: Model, tmp_path) -> None:
     model.save(tmp_path / "copy", dtype=torch.float32)
     again = nanoglm.load(tmp_path / "copy")

@@ -228,6 +228,12 @@ def test_train_end_to_end(trained: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.skipif(not DEFAULT_MODEL.is_dir(), reason="the bundled model is not there")
+def test_a_demo_prompt_is_text_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["demo", "[/bold] [red]", "--max-tokens", "2"])
+    assert capsys.readouterr().out.startswith("[/bold] [red]")
+
+
 # ------------------------------------------------------------------------------- mistakes
 def truncated_shard(folder: Path) -> list[str]:
     write(folder / "x", shard_bytes=200_000)

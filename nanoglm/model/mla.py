@@ -60,12 +60,11 @@ class MLA(nn.Module):
     def _select(self, x_TD: Tensor, cq_TQ: Tensor, step: Pass, given: Tensor | None) -> Tensor | None:
         """The Full layer's own Selection, or ``given`` when the pass replays recorded ones."""
         assert self.indexer is not None
-        recording = step.tape is not None and step.tape.indexers
-        if step.attention == "dense" and not recording:
+        if step.attention == "dense" and step.recording is None:
             return None
         q_TJI, weights_TJ, keys_TI = inputs = self.indexer(x_TD, cq_TQ, step.rotary)
-        if step.tape is not None and recording:
-            step.tape.indexer[self.layer] = inputs
+        if step.recording is not None:
+            step.recording.indexer[self.layer] = inputs
         step.store.write_index_keys(self.layer, keys_TI, step.batch)
         if step.replay or step.attention == "dense":
             return given
@@ -92,6 +91,6 @@ class MLA(nn.Module):
         k_nope_NHA, v_NHV = kv_NHA.split([self.nope, self.value], -1)
         q_THA = torch.cat([q_nope, q_rope], -1)
         k_NHA = torch.cat([k_nope_NHA, rope_NR[:, None].expand(-1, self.heads, -1)], -1)
-        if step.tape is not None and step.tape.indexers and not step.reuse_keys:
-            step.tape.attention[self.layer] = q_THA.detach(), k_NHA.detach()
+        if step.recording is not None:
+            step.recording.attention[self.layer] = q_THA.detach(), k_NHA.detach()
         return ops.dense_attention(q_THA, k_NHA, v_NHV, step.batch.borders, self.scale, selection)

@@ -46,6 +46,11 @@ class Pass:
     reuse_keys: bool = False  # MTP steps after the first: attend to the keys of step 0, write none
     tape: Tape | None = None
 
+    @property
+    def recording(self) -> Tape | None:
+        """The tape, if indexers and teachers are to be kept on it. Later MTP steps have neither."""
+        return self.tape if self.tape is not None and self.tape.indexers and not self.reuse_keys else None
+
     def draft(self, rotary: Rotary) -> Pass:
         """The same pass for a later MTP step: rotated further, keys and Selection of step 0 (KVShare)."""
         return replace(self, rotary=rotary, reuse_keys=True)

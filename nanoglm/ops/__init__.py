@@ -37,7 +37,10 @@ def _select(
 
 
 @_select.register_fake
-def _(q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int, borders: Any, lengths: Any, k: int):  # type: ignore[no-untyped-def]  # fake kernels mirror the op above
+def _(
+    q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int,
+    borders: Sequence[int], lengths: Sequence[int], k: int,
+) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape[0], k, dtype=torch.int32)
 
 

@@ -124,7 +124,7 @@ class Checkpoint:
         """The model with its weights. Raises CheckpointError unless every name and shape fits."""
         with torch.device("meta"):
             model = GLM(self.config)
-        report, parameters = self._account(model), dict(_named_tensors(model))
+        report = self._account(model)
         report.check(self.directory)
         if torch.device(device).type == "meta":
             return model, report
@@ -171,6 +171,11 @@ def _open(file: Path) -> Any:
         ) from None
 
 
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES.values():
+        raise InputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+
+
 def _named_tensors(model: GLM) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under their in-memory names; tied weights once."""
     yield from model.named_parameters()
@@ -186,8 +191,9 @@ def materialise(model: GLM, dtype: torch.dtype, device: torch.device | str) -> G
     """Gives a model built on meta its storage, uninitialised, in the dtype each tensor is kept in.
 
     Raises:
-        InputError: it cannot fit this machine's memory.
+        InputError: a dtype that is not fp32, bf16 or fp16, or more than this machine's memory.
     """
+    _check_dtype(dtype)
     needed = sum(t.numel() * stored_dtype(n, dtype).itemsize for n, t in _named_tensors(model))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cpu" and needed > memory:
@@ -229,8 +235,7 @@ def save(
     Raises:
         InputError: a dtype that is not one of the three, or a directory that cannot be written.
     """
-    if dtype not in DTYPES.values():
-        raise InputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+    _check_dtype(dtype)
     if model.lm_head.weight.is_meta:
         raise InputError("model on device meta has no weights to save; expected one loaded on a real device")
     directory = Path(directory)

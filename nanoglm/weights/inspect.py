@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from math import prod
+from pathlib import Path
 
 import torch
 
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM
-from nanoglm.weights.hf import Checkpoint, Report, checkpoint_tensors
+from nanoglm.weights.hf import Checkpoint, checkpoint_tensors
 
 Lines = list[tuple[str, str]]
 
@@ -21,8 +22,14 @@ def describe_preset(name: str) -> Lines:
     return [("preset", f"{name} (random weights)"), *_shape(module)]
 
 
-def describe(module: GLM, checkpoint: Checkpoint, report: Report) -> Lines:
-    """The same of a checkpoint directory, with dtypes and what loading found."""
+def describe(directory: Path) -> Lines:
+    """The same of a checkpoint directory, with dtypes and what loading finds; reads headers only.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of a wrong shape or dtype.
+    """
+    checkpoint = Checkpoint(directory)
+    module, report = checkpoint.load(device="meta")
     dtypes: Counter[str] = Counter()
     for name, shape in checkpoint.shapes.items():
         dtypes[checkpoint.dtypes[name]] += prod(shape)
