@@ -224,6 +224,7 @@ def _preset(name: str, dtype: torch.dtype, device: torch.device | str, latent_no
     with torch.device("meta"):
         module = GLM(config)
     if torch.device(device).type != "meta":
-        materialise(module, dtype, device).initialise()
+        materialise(module, dtype, device)
+        module.initialise()
     tokenizer = byte_tokenizer()
     return Model(module, tokenizer if config.vocab_size == tokenizer.vocab_size else None)

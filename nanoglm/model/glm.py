@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoglm.config import GLMConfig
+from nanoglm.errors import InputError
 from nanoglm.model.block import DecoderLayer
 from nanoglm.model.layers import LayerNorm, Linear, RMSNorm, Rotary
 from nanoglm.model.mtp import MTPLayer
@@ -125,10 +126,10 @@ class GLM(nn.Module):
 
     @property
     def mtp(self) -> MTPLayer:
-        """The MTP layer. Raises RuntimeError if this checkpoint has none."""
+        """The MTP layer. Raises InputError if this checkpoint has none."""
         last = self.model.layers[-1]
         if not isinstance(last, MTPLayer):
-            raise RuntimeError("this model has no MTP layer (num_nextn_predict_layers is 0)")
+            raise InputError(f"model has no MTP layer; expected tensors model.layers.{len(self.model.layers)}.*")
         return last
 
     def rotary(self, positions: Tensor) -> Rotary:

@@ -1,37 +1,35 @@
-"""Hugging Face checkpoint directories: config.json and safetensors, with or without an index file.
+"""Hugging Face checkpoint directories read into a model: config.json and safetensors, plain or block FP8.
 
 Reading streams one tensor at a time into a model that was built without storage, so nothing is held
 twice. Every name is accounted for: what is missing or unexpected is an error, what is tolerated is
-reported. Writing goes to a temporary folder beside the target and is renamed into place.
+reported. Whether a tensor is FP8 is decided by its scales being there, never by the configuration's list.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanoglm.config import FULL, GLMConfig
-from nanoglm.errors import CheckpointError, InputError
+from nanoglm.errors import CheckpointError, ConfigError, InputError
 from nanoglm.model import GLM
-from nanoglm.weights.names import INDEXER, STACKED, disk_tensors, place, stored_dtype
+from nanoglm.model.block import DecoderLayer
+from nanoglm.model.mtp import MTPLayer
+from nanoglm.weights import fp8
+from nanoglm.weights.files import Shards
+from nanoglm.weights.names import EXPERTS, INDEXER, LAYER, SCALE, STACKED, disk_tensors, place, stored_dtype
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # Indexers for the Shared layers, in a file of their own: no engine needs them, comparisons with all-Full do.
 SHARED_INDEXERS = "shared_indexers.safetensors"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-Layout = Literal["per_expert", "stacked"]
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights, plain
+FP8 = "F8_E4M3"
 
 
 @dataclass
@@ -60,6 +58,10 @@ class Checkpoint:
         latent_norm_eps: see :meth:`GLMConfig.from_dict`.
         all_full: every layer Full, with the Shared layers' indexers from ``shared_indexers.safetensors``.
 
+    Attributes:
+        config: num_nextn_predict_layers is 0 if the files hold no MTP layer (transformers writes none).
+        shards: the tensors by name.
+
     Raises:
         ConfigError, CheckpointError: files missing, damaged or of a wrong kind.
     """
@@ -67,234 +69,211 @@ class Checkpoint:
     def __init__(self, directory: str | Path, *, latent_norm_eps: float | None = None, all_full: bool = False) -> None:
         self.directory = Path(directory)
         config = GLMConfig.from_file(self.directory, latent_norm_eps=latent_norm_eps)
-        self._files = self._find_files()
+        extra: tuple[Path, ...] = ()
         if all_full:
             config = config.replace(indexer_types=(FULL,) * config.num_hidden_layers)
-            with _open(self.directory / SHARED_INDEXERS) as opened:
-                self._files |= dict.fromkeys(opened.keys(), self.directory / SHARED_INDEXERS)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        for file in sorted(set(self._files.values())):
-            with _open(file) as opened:
-                for name in self._names(opened, file):
-                    header = opened.get_slice(name)
-                    self.shapes[name], self.dtypes[name] = tuple(header.get_shape()), header.get_dtype()
-        absent = sorted(set(self._files) - set(self.shapes))
-        if absent:
-            raise CheckpointError(
-                f"checkpoint index names {absent[0]}, which {self._files[absent[0]].name} does not hold"
-            )
+            extra = (self.directory / SHARED_INDEXERS,)
+        _check_quantization(config)
+        self.shards = Shards(self.directory, *extra)
         prefix = f"model.layers.{config.num_hidden_layers}."
-        if not any(name.startswith(prefix) for name in self.shapes):
-            config = config.replace(num_nextn_predict_layers=0)  # transformers writes no MTP layer
+        if not any(name.startswith(prefix) for name in self.shards.shapes):
+            config = config.replace(num_nextn_predict_layers=0)
+        _check_counts(config, self.shards.shapes)
         self.config = config
 
-    def _find_files(self) -> dict[str, Path]:
-        """Tensor name -> file."""
-        index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = {str(name): self.directory / str(file) for name, file in weight_map.items()}
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise CheckpointError(f"index file {index} is damaged; expected JSON with a weight_map") from None
-            for file in sorted(set(files.values())):
-                if not file.is_file():
-                    raise CheckpointError(f"index file {index} names {file.name}, which is missing")
-            return files
-        if not single.is_file():
-            shards = sorted(self.directory.glob("*.safetensors"))
-            found = f"{len(shards)} shards without it" if shards else "no weights"
-            raise CheckpointError(f"checkpoint {self.directory} holds {found}; expected {SINGLE_FILE} or {INDEX_FILE}")
-        with _open(single) as opened:
-            return dict.fromkeys(opened.keys(), single)
+    def load(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        layers: Collection[int] | None = None,
+    ) -> tuple[GLM, Report]:
+        """The model with its weights.
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors in file order, one at a time."""
-        for file in sorted(set(self._files.values())):
-            with _open(file) as opened:
-                for name in self._names(opened, file):
-                    yield name, opened.get_tensor(name)
+        Args:
+            layers: only these decoder layers get weights (``num_hidden_layers`` is the MTP layer), the
+                others stay on the meta device; see also :meth:`layer`.
 
-    def _names(self, opened: Any, file: Path) -> list[str]:
-        """The tensors to take from a file: not those that the index places in another one."""
-        return [name for name in opened.keys() if self._files.get(name, file) == file]  # noqa: SIM118  # no dict
-
-    def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[GLM, Report]:
-        """The model with its weights. Raises CheckpointError unless every name and shape fits."""
+        Raises:
+            CheckpointError: a name, shape, dtype or scale that does not fit.
+            InputError: more than this machine's memory.
+        """
         with torch.device("meta"):
             model = GLM(self.config)
-        report = self._account(model)
-        report.check(self.directory)
-        if torch.device(device).type == "meta":
-            return model, report
-        materialise(model, dtype, device)
-        parameters = dict(_named_tensors(model))
-        ignored = set(report.ignored)
-        with torch.no_grad():
-            for name, tensor in self.tensors():
-                if name not in ignored:
-                    where = place(name)
-                    where.view(parameters[where.parameter]).copy_(tensor)
-        return model, report
+        self.report.check(self.directory)
+        if torch.device(device).type != "meta":
+            every = range(len(model.model.layers))
+            skipped = tuple(f"model.layers.{i}." for i in every if layers is not None and i not in layers)
+            materialise(model, dtype, device, skipped=skipped)
+            self._fill(model, "", skipped)
+        return model, self.report
 
-    def _account(self, model: GLM) -> Report:
-        """Compares names, shapes and dtypes on disk with what the model wants."""
+    def layer(
+        self, index: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> DecoderLayer:
+        """One decoder layer with its weights and nothing else (``num_hidden_layers`` is the MTP layer).
+
+        Raises:
+            InputError: there is no such layer. CheckpointError: as :meth:`load`.
+        """
+        last = self.config.num_hidden_layers
+        if index == last and not self.config.num_nextn_predict_layers:
+            raise InputError(f"checkpoint {self.directory} has no MTP layer; expected tensors model.layers.{last}.*")
+        if not 0 <= index <= last:
+            raise InputError(f"layer is {index}; expected 0 to {last - 1}, or {last} for the MTP layer")
+        self.report.check(self.directory)
+        with torch.device("meta"):
+            layer = DecoderLayer(self.config, index) if index < last else MTPLayer(self.config)
+        prefix = f"model.layers.{index}."
+        materialise(layer, dtype, device, prefix=prefix)
+        self._fill(layer, prefix)
+        return layer
+
+    @cached_property
+    def report(self) -> Report:
+        """Every name accounted for. Raises CheckpointError if a shape or dtype does not fit."""
+        with torch.device("meta"):
+            model = GLM(self.config)
         wanted = {name: tuple(t.shape) for name, t in checkpoint_tensors(model).items()}
-        stacked = {name: tuple(t.shape) for name, t in _named_tensors(model) if STACKED.fullmatch(name)}
+        stacked = {name: tuple(t.shape) for name, t in named_tensors(model) if STACKED.fullmatch(name)}
+        expected = wanted | stacked
         report = Report()
         seen: set[str] = set()
-        for name, shape in self.shapes.items():
-            expected = wanted.get(name, stacked.get(name))
-            if expected is None:
+        for name, shape in self.shards.shapes.items():
+            if name in expected:
+                self._check_weight(name, shape, expected[name])
+                seen.update(disk for disk, _ in disk_tensors(name, torch.empty(shape, device="meta")))
+            elif (
+                name.endswith(SCALE) and name.removesuffix(SCALE) in expected and self.is_fp8(name.removesuffix(SCALE))
+            ):
+                self._check_scale(name, shape, fp8.scale_shape(expected[name.removesuffix(SCALE)]))
+            else:
                 match = INDEXER.fullmatch(name)
                 copied = match is not None and not self.config.has_indexer(int(match["layer"]))
                 (report.ignored if copied else report.unexpected).append(name)
-                continue
-            if shape != expected:
-                raise CheckpointError(f"tensor {name} has shape {list(shape)}; expected {list(expected)}")
-            if self.dtypes[name] not in DTYPES:
-                raise CheckpointError(
-                    f"tensor {name} has dtype {self.dtypes[name]}; expected one of {', '.join(DTYPES)}"
-                )
-            seen.update(disk for disk, _ in disk_tensors(name, torch.empty(shape, device="meta")))
         report.missing = [name for name in wanted if name not in seen]
         return report
 
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is stored as e4m3."""
+        return self.shards.dtypes.get(name) == FP8
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+    def _check_weight(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        _check_shape(name, shape, expected)
+        dtype, scaled = self.shards.dtypes[name], name + SCALE in self.shards.shapes
+        if dtype not in DTYPES and not (dtype == FP8 and len(shape) > 1 and scaled):
+            raise CheckpointError(
+                f"tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}, "
+                f"or {FP8} with a matrix {name}{SCALE} beside it"
+            )
+
+    def _check_scale(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        _check_shape(name, shape, expected)
+        if self.shards.dtypes[name] not in fp8.SCALE_DTYPES:
+            raise CheckpointError(
+                f"tensor {name} has dtype {self.shards.dtypes[name]}; expected one of {', '.join(fp8.SCALE_DTYPES)}"
+            )
+
+    @torch.no_grad()
+    def _fill(self, module: nn.Module, prefix: str, skipped: tuple[str, ...] = ()) -> None:
+        """Copies every tensor under ``prefix`` into the module's parameter of that name."""
+        parameters = dict(named_tensors(module))
+        ignored = set(self.report.ignored)
+        names = (n for n in self.shards.shapes if n.startswith(prefix) and not n.startswith(skipped or "\0"))
+        for name, tensor in self.shards.stream(n for n in names if n not in ignored and not n.endswith(SCALE)):
+            where = place(name)
+            target = where.view(parameters[where.parameter.removeprefix(prefix)])
+            if not self.is_fp8(name):
+                target.copy_(tensor)
+                continue
+            try:
+                fp8.dequantise(tensor, self.shards.read(name + SCALE), target)
+            except ValueError as error:
+                raise CheckpointError(f"tensor {name}{SCALE}: {error}; expected finite scales") from None
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise CheckpointError(f"tensor {name} has shape {list(shape)}; expected {list(expected)}")
+
+
+def _check_quantization(config: GLMConfig) -> None:
+    """Plain or block FP8; other formats would be refused tensor by tensor, less clearly."""
+    raw = config.extra.get("quantization_config")
+    if raw is None:
+        return
+    if not isinstance(raw, dict) or raw.get("quant_method") != "fp8":
+        method = raw.get("quant_method") if isinstance(raw, dict) else raw
+        raise ConfigError(f"config field quantization_config.quant_method is {method!r}; expected 'fp8' or none")
+    block = raw.get("weight_block_size")
+    if block is not None and block != [fp8.BLOCK, fp8.BLOCK]:
+        raise ConfigError(f"config field quantization_config.weight_block_size is {block!r}; expected [128, 128]")
+
+
+def _check_counts(config: GLMConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Layers and experts of the files against the configuration, before a model of its size is laid out."""
+    layers = {int(match["layer"]) for match in map(LAYER.match, shapes) if match}
+    if config.num_hidden_layers > len(layers):
         raise CheckpointError(
-            f"weights file {file} cannot be read ({error}); it is truncated or no safetensors file"
-        ) from None
+            f"checkpoint holds tensors of {len(layers)} layers; expected num_hidden_layers ({config.num_hidden_layers})"
+        )
+    experts = max((shape[0] for name, shape in shapes.items() if STACKED.fullmatch(name) and shape), default=0)
+    experts = max(experts, len({match["expert"] for match in map(EXPERTS.fullmatch, shapes) if match}))
+    routed = any(config.is_moe(i) for i in range(config.num_hidden_layers + config.num_nextn_predict_layers))
+    if routed and config.n_routed_experts > experts:
+        raise CheckpointError(
+            f"checkpoint holds {experts} experts a layer; expected n_routed_experts ({config.n_routed_experts})"
+        )
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in DTYPES.values():
-        raise InputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
-
-
-def _named_tensors(model: GLM) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under their in-memory names; tied weights once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def checkpoint_tensors(model: GLM) -> dict[str, Tensor]:
     """The checkpoint's tensors: disk names with views of the model's (works on meta)."""
-    return {disk: view for name, value in _named_tensors(model) for disk, view in disk_tensors(name, value)}
+    return {disk: view for name, value in named_tensors(model) for disk, view in disk_tensors(name, value)}
 
 
-def materialise(model: GLM, dtype: torch.dtype, device: torch.device | str) -> GLM:
-    """Gives a model built on meta its storage, uninitialised, in the dtype each tensor is kept in.
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises InputError unless weights can be held in ``dtype``."""
+    if dtype not in DTYPES.values():
+        raise InputError(f"dtype is {dtype}; expected torch.float32, torch.bfloat16 or torch.float16")
+
+
+def materialise(
+    module: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    prefix: str = "",
+    skipped: tuple[str, ...] = (),
+) -> None:
+    """Gives a module built on meta its storage, uninitialised, in the dtype each tensor is kept in.
+
+    Args:
+        prefix: the module's place in the model. skipped: names that begin so stay on meta.
 
     Raises:
         InputError: a dtype that is not fp32, bf16 or fp16, or more than this machine's memory.
     """
-    _check_dtype(dtype)
-    needed = sum(t.numel() * stored_dtype(n, dtype).itemsize for n, t in _named_tensors(model))
+    check_dtype(dtype)
+    wanted = [(n, t) for n, t in named_tensors(module) if not n.startswith(skipped or "\0")]
+    needed = sum(t.numel() * stored_dtype(prefix + n, dtype).itemsize for n, t in wanted)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cpu" and needed > memory:
         raise InputError(
             f"model needs {needed / 1e9:,.0f} GB in {dtype}; expected at most this machine's {memory / 1e9:,.0f} GB"
         )
-    for path, module in model.named_modules():
-        for name, value in list(module.named_parameters(recurse=False)):
-            full = f"{path}.{name}" if path else name
-            empty = torch.empty(value.shape, dtype=stored_dtype(full, dtype), device=device)
-            setattr(module, name, nn.Parameter(empty))
-        for name, value in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(value.shape, dtype=torch.float32, device=device))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = cast(nn.Parameter, model.model.embed_tokens.weight)
-    return model
-
-
-# ------------------------------------------------------------------------------- writing
-def save(
-    model: GLM,
-    directory: str | Path,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    mtp: bool = True,
-    layout: Layout = "per_expert",
-    shard_bytes: int = 5_000_000_000,
-    beside: Callable[[Path], None] | None = None,
-) -> None:
-    """Writes config.json and safetensors that transformers, vLLM and SGLang read.
-
-    Args:
-        dtype: fp32, bf16 or fp16; the router bias stays fp32 as in the published files.
-        mtp: False leaves the MTP layer out.
-        layout: routed experts one by one as published, or stacked as in memory.
-        shard_bytes: a file's size limit; more than one file gets an index file.
-        beside: writes further files into the folder it is given, before anything is renamed.
-
-    Raises:
-        InputError: a dtype that is not one of the three, or a directory that cannot be written.
-    """
-    _check_dtype(dtype)
-    if model.lm_head.weight.is_meta:
-        raise InputError("model on device meta has no weights to save; expected one loaded on a real device")
-    directory = Path(directory)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    except OSError as error:
-        raise InputError(f"directory {directory} cannot be written: {error.strerror}") from None
-    try:
-        _write(model, staging, dtype, mtp, layout, shard_bytes)
-        if beside is not None:
-            beside(staging)
-        mode = (staging / "config.json").stat().st_mode
-        for file in staging.iterdir():
-            file.chmod(mode)  # safetensors writes 0600, which shuts out a server under another user
-        directory.mkdir(exist_ok=True)
-        stale = set(directory.glob("model*.safetensors*")) - {directory / f.name for f in staging.iterdir()}
-        for file in sorted(staging.iterdir()):
-            os.replace(file, directory / file.name)
-        for file in stale:
-            file.unlink()
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"directory {directory} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write(model: GLM, folder: Path, dtype: torch.dtype, mtp: bool, layout: Layout, shard_bytes: int) -> None:
-    config = model.config if mtp else model.config.replace(num_nextn_predict_layers=0)
-    raw = config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
-    raw.pop("quantization_config", None)  # it described the file that was read; these weights are plain
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    drop = None if mtp else f"model.layers.{model.config.num_hidden_layers}."
-    named = _named_tensors(model) if layout == "stacked" else iter(checkpoint_tensors(model).items())
-    shards: list[dict[str, Tensor]] = [{}]  # views: only the shard being written is copied
-    size, total = 0, 0
-    for name, value in named:
-        if drop and name.startswith(drop):
-            continue
-        nbytes = value.numel() * _disk_dtype(name, dtype).itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value.detach()
-        size += nbytes
-        total += nbytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        copies = {
-            n: v.to("cpu", _disk_dtype(n, dtype)).clone(memory_format=torch.contiguous_format) for n, v in shard.items()
-        }
-        save_file(copies, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _disk_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The router bias is F32 in the published bf16 files; all else is what the writer was asked for."""
-    return torch.float32 if name.endswith("e_score_correction_bias") else dtype
+    for name, tensor in wanted:
+        path, _, leaf = name.rpartition(".")
+        empty = torch.empty(tensor.shape, dtype=stored_dtype(prefix + name, dtype), device=device)
+        owner = module.get_submodule(path)
+        if isinstance(tensor, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(empty))
+        else:
+            owner.register_buffer(leaf, empty)
+    if isinstance(module, GLM) and module.config.tie_word_embeddings:
+        module.lm_head.weight = cast(nn.Parameter, module.model.embed_tokens.weight)

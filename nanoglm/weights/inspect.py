@@ -31,8 +31,8 @@ def describe(directory: Path) -> Lines:
     checkpoint = Checkpoint(directory)
     module, report = checkpoint.load(device="meta")
     dtypes: Counter[str] = Counter()
-    for name, shape in checkpoint.shapes.items():
-        dtypes[checkpoint.dtypes[name]] += prod(shape)
+    for name, shape in checkpoint.shards.shapes.items():
+        dtypes[checkpoint.shards.dtypes[name]] += prod(shape)
     kinds = ", ".join(f"{dtype} {count:,}" for dtype, count in dtypes.most_common())
     lines = [("checkpoint", str(checkpoint.directory)), *_shape(module), ("values by dtype", kinds)]
     lines.append(("missing, unexpected", f"{len(report.missing)}, {len(report.unexpected)}"))

@@ -19,6 +19,13 @@ STACKED = re.compile(r".*\.mlp\.experts\.(gate_up|down)_proj")
 # Kept in fp32 whatever the model's dtype: bf16 moves the router's choice (trap 4) and near-tied
 # selections; transformers keeps the same two.
 KEEP_FP32 = re.compile(r".*(e_score_correction_bias|indexer\.weights_proj\.weight)")
+# What the FP8 files store as e4m3: all projections but the router, the indexers' head weights and eh_proj
+# (spec 4.1; the published exclusion list calls weights_proj `indexers_proj`, a name no tensor has: trap 13).
+FP8 = re.compile(
+    r".*\.((q_a|q_b|kv_b|o|gate|up|down)_proj|kv_a_proj_with_mqa|wq_b|wk)\.weight|.*\.mlp\.experts\.(gate_up|down)_proj"
+)
+SCALE = "_scale_inv"  # behind a quantised weight's name
+LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.")
 INDEXER = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.indexer\..*")
 
 
