@@ -22,6 +22,7 @@ from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.ops import count_work
 from nanoglm.weights import inspect as inspection
+from nanoglm.weights.slice import slice_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["float32", "bfloat16", "float16"]
@@ -123,15 +124,46 @@ def evaluate_text(
 
 
 def inspect(model: Annotated[str | None, tyro.conf.Positional] = None, /) -> None:
-    """Show a checkpoint's schedule, shapes, sizes and whether every tensor is there.
+    """Show a checkpoint's schedule, shapes, dtypes, sizes and whether every tensor is there.
 
     Args:
-        model: A checkpoint directory or a preset; the bundled model if left out.
+        model: A checkpoint directory (config.json and the index file are enough) or a preset; the bundled
+            model if left out.
     """
     directory = checkpoint_directory(model)
-    describe = inspection.describe_preset(str(model)) if directory is None else inspection.describe(directory)
-    for name, value in describe:
-        print(f"{name:<24}{value}")
+    if directory is None:
+        _print_lines(inspection.describe_preset(str(model)))
+    else:
+        lines, report = inspection.describe(directory)
+        _print_lines(lines)
+        report.check(directory)
+
+
+def slice_(
+    source: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    layers: str | None = None,
+    experts: str | None = None,
+    mtp: bool = True,
+) -> None:
+    """Cut a small checkpoint out of a large one: some layers and experts, every tensor as it lies.
+
+    Args:
+        source: The checkpoint directory to read.
+        out: The directory to write.
+        layers: Decoder layers to keep, such as 0-3,6; a Shared layer needs its Full layer. All if left out.
+        experts: Routed experts to keep in every layer, such as 0-7. All if left out.
+        mtp: Keep the MTP layer, if there is one.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("cutting", total=1.0)
+        config = slice_checkpoint(
+            source, out, layers=_numbers("layers", layers), experts=_numbers("experts", experts), mtp=mtp,
+            progress=lambda share: progress.update(task, completed=share),
+        )  # fmt: skip
+    print(f"{out}: {config.num_hidden_layers} layers ({config.pattern}), {config.n_routed_experts} experts")
 
 
 def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
@@ -154,6 +186,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "eval": evaluate_text,
     "inspect": inspect,
+    "slice": slice_,
     "train": train,
 }
 
@@ -174,6 +207,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _read_prompt(prompt: str) -> str:
     return sys.stdin.read() if prompt == "-" else prompt
+
+
+def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
+    for name, value in lines:
+        print(f"{name:<24}{value}")
+
+
+def _numbers(name: str, text: str | None) -> list[int] | None:
+    """``0-3,6`` as numbers."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) > 10**6:
+            raise InputError(f"{name} is {text!r}; expected numbers and ranges such as 0-3,6")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def _print_stream(pieces: Iterable[str]) -> str:

@@ -36,7 +36,7 @@ _FIXED: dict[str, Any] = {
 # Fixed keys that GLM-5.2's file carries; the others are only checked when present.
 _FIXED_WRITTEN = tuple(k for k in _FIXED if k != "mlp_bias")
 # Keys derived from other fields: their value in a file is ignored (spec 1.1: head_dim misleads).
-_DERIVED = {"head_dim", "qk_head_dim", "architectures", "model_type", "moe_router_dtype"}
+_DERIVED = {"head_dim", "qk_head_dim", "architectures", "model_type", "moe_router_dtype", "layer_types"}
 _SCHEDULE = {"indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
 
 

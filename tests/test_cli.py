@@ -162,7 +162,8 @@ def test_inspect_a_checkpoint(tmp_path: Path, checkpoint: str, capsys: pytest.Ca
     assert shown["schedule"] == "FSFS"
     assert shown["parameters"] == "403,344 with MTP, 314,840 without"
     assert shown["values by dtype"] == "F32 403,344"
-    assert shown["missing, unexpected"] == "0, 0"
+    assert (shown["missing"], shown["unexpected"]) == ("0", "0")
+    assert shown["size"] == "1,613,376 bytes (0.00 GB)"
     assert "ignored" not in shown
     write(tmp_path / "x")
     file = tmp_path / "x" / "model.safetensors"
@@ -309,6 +310,11 @@ LATIN = "café".encode("latin-1") * 300
 MISTAKES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "truncated shard": (truncated_shard, r"model-00002-of-\d+\.safetensors cannot be read .* truncated"),
     "wrong dtype": (wrong_dtype, r"lm_head\.weight has dtype F8_E4M3; expected one of F32, BF16, F16"),
+    "slice of layers that are none": (
+        plain("slice", "FOLDER", "OUT", "--layers", "0-x"),
+        r"layers is '0-x'; expected numbers and ranges such as 0-3,6",
+    ),
+    "slice of nothing": (plain("slice", "FOLDER", "OUT"), r"config\.json cannot be read"),
     "missing index": (missing_index, rf"shards without it; expected model\.safetensors or {re.escape(INDEX)}"),
     "negative rank": (config_with(kv_lora_rank=-32), r"kv_lora_rank is -32; expected a positive integer"),
     "short pattern": (pattern("FSF"), r"index_topk_pattern has 3 letters; expected num_hidden_layers \(4\)"),

@@ -13,8 +13,6 @@ from torch import Tensor
 BLOCK = 128
 LARGEST = 448.0  # of e4m3
 DTYPE = torch.float8_e4m3fn
-# How files spell the dtype of scales: fp32, or one exponent byte (UE8M0: powers of two), which some call U8.
-SCALE_DTYPES = ("F32", "F8_E8M0", "U8")
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -42,6 +40,8 @@ def quantise(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[
 
 def dequantise(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """Fills ``out`` [..., out, in] (fp32, bf16 or fp16) with weight * scale, 128 rows at a time.
+
+    Scales are fp32 or, as powers of two, one exponent byte (UE8M0, which some files call U8).
 
     Raises:
         ValueError: a scale that is not finite.

@@ -29,7 +29,7 @@ from nanoglm.weights.names import EXPERTS, INDEXER, LAYER, SCALE, STACKED, disk_
 # Indexers for the Shared layers, in a file of their own: no engine needs them, comparisons with all-Full do.
 SHARED_INDEXERS = "shared_indexers.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of weights, plain
-FP8 = "F8_E4M3"
+FP8, SCALE_DTYPES = "F8_E4M3", ("F32", "F8_E8M0", "U8")  # of weights in blocks and their scales
 
 
 @dataclass
@@ -132,47 +132,16 @@ class Checkpoint:
     @cached_property
     def report(self) -> Report:
         """Every name accounted for. Raises CheckpointError if a shape or dtype does not fit."""
-        with torch.device("meta"):
-            model = GLM(self.config)
-        wanted = {name: tuple(t.shape) for name, t in checkpoint_tensors(model).items()}
-        stacked = {name: tuple(t.shape) for name, t in named_tensors(model) if STACKED.fullmatch(name)}
-        expected = wanted | stacked
-        report = Report()
-        seen: set[str] = set()
-        for name, shape in self.shards.shapes.items():
-            if name in expected:
-                self._check_weight(name, shape, expected[name])
-                seen.update(disk for disk, _ in disk_tensors(name, torch.empty(shape, device="meta")))
-            elif (
-                name.endswith(SCALE) and name.removesuffix(SCALE) in expected and self.is_fp8(name.removesuffix(SCALE))
-            ):
-                self._check_scale(name, shape, fp8.scale_shape(expected[name.removesuffix(SCALE)]))
-            else:
-                match = INDEXER.fullmatch(name)
-                copied = match is not None and not self.config.has_indexer(int(match["layer"]))
-                (report.ignored if copied else report.unexpected).append(name)
-        report.missing = [name for name in wanted if name not in seen]
+        expected, report = account(self.config, self.shards.shapes)
+        for name, shape in expected.items():
+            found, dtype = self.shards.shapes[name], self.shards.dtypes[name]
+            allowed = SCALE_DTYPES if name.endswith(SCALE) else (FP8,) if name + SCALE in expected else DTYPES
+            if found != shape:
+                raise CheckpointError(f"tensor {name} has shape {list(found)}; expected {list(shape)}")
+            if dtype not in allowed:
+                beside = f" with {name}{SCALE} beside it" if allowed == (FP8,) else ""
+                raise CheckpointError(f"tensor {name} has dtype {dtype}; expected one of {', '.join(allowed)}{beside}")
         return report
-
-    def is_fp8(self, name: str) -> bool:
-        """Whether a tensor is stored as e4m3."""
-        return self.shards.dtypes.get(name) == FP8
-
-    def _check_weight(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        _check_shape(name, shape, expected)
-        dtype, scaled = self.shards.dtypes[name], name + SCALE in self.shards.shapes
-        if dtype not in DTYPES and not (dtype == FP8 and len(shape) > 1 and scaled):
-            raise CheckpointError(
-                f"tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}, "
-                f"or {FP8} with a matrix {name}{SCALE} beside it"
-            )
-
-    def _check_scale(self, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        _check_shape(name, shape, expected)
-        if self.shards.dtypes[name] not in fp8.SCALE_DTYPES:
-            raise CheckpointError(
-                f"tensor {name} has dtype {self.shards.dtypes[name]}; expected one of {', '.join(fp8.SCALE_DTYPES)}"
-            )
 
     @torch.no_grad()
     def _fill(self, module: nn.Module, prefix: str, skipped: tuple[str, ...] = ()) -> None:
@@ -183,7 +152,7 @@ class Checkpoint:
         for name, tensor in self.shards.stream(n for n in names if n not in ignored and not n.endswith(SCALE)):
             where = place(name)
             target = where.view(parameters[where.parameter.removeprefix(prefix)])
-            if not self.is_fp8(name):
+            if self.shards.dtypes[name] != FP8:
                 target.copy_(tensor)
                 continue
             try:
@@ -192,9 +161,33 @@ class Checkpoint:
                 raise CheckpointError(f"tensor {name}{SCALE}: {error}; expected finite scales") from None
 
 
-def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if shape != expected:
-        raise CheckpointError(f"tensor {name} has shape {list(shape)}; expected {list(expected)}")
+def account(config: GLMConfig, names: Collection[str]) -> tuple[dict[str, tuple[int, ...]], Report]:
+    """Every name against what the configuration describes.
+
+    Returns:
+        The shapes that the names which belong there must have (scales included), and what is left over.
+    """
+    with torch.device("meta"):
+        model = GLM(config)
+    wanted = {name: tuple(t.shape) for name, t in checkpoint_tensors(model).items()}
+    known = wanted | {name: tuple(t.shape) for name, t in named_tensors(model) if STACKED.fullmatch(name)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    seen: set[str] = set()
+    report = Report()
+    for name in names:
+        weight = name.removesuffix(SCALE)
+        shape = known.get(weight)
+        if shape is not None and weight == name:
+            shapes[name] = shape
+            seen.update(disk for disk, _ in disk_tensors(name, torch.empty(shape, device="meta")))
+        elif shape is not None and len(shape) > 1 and weight in names:
+            shapes[name] = fp8.scale_shape(shape)
+        else:
+            match = INDEXER.fullmatch(name)
+            copied = match is not None and not config.has_indexer(int(match["layer"]))
+            (report.ignored if copied else report.unexpected).append(name)
+    report.missing = [name for name in wanted if name not in seen]
+    return shapes, report
 
 
 def _check_quantization(config: GLMConfig) -> None:

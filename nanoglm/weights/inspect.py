@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -10,40 +11,92 @@ import torch
 
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM
-from nanoglm.weights.hf import Checkpoint, checkpoint_tensors
+from nanoglm.weights import fp8
+from nanoglm.weights.files import DTYPES, INDEX_FILE, read_index
+from nanoglm.weights.hf import Checkpoint, Report, account, checkpoint_tensors
+from nanoglm.weights.names import SCALE
 
 Lines = list[tuple[str, str]]
 
 
 def describe_preset(name: str) -> Lines:
     """Schedule, shapes and counts of a preset; no weights exist."""
-    with torch.device("meta"):
-        module = GLM(GLMConfig.preset(name))
-    return [("preset", f"{name} (random weights)"), *_shape(module)]
+    return [("preset", f"{name} (random weights)"), *_shape(GLMConfig.preset(name))]
 
 
-def describe(directory: Path) -> Lines:
-    """The same of a checkpoint directory, with dtypes and what loading finds; reads headers only.
+def describe(directory: Path) -> tuple[Lines, Report]:
+    """The same of a checkpoint directory, with dtypes, sizes and what loading finds; that also by itself.
+
+    Reads headers only. config.json and the index file are enough: where shards are not there, names are
+    accounted for and sizes follow from the configuration.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of a wrong shape or dtype.
+        CheckpointError: a tensor of a wrong shape or dtype, or damaged files.
     """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        weight_map = read_index(index)
+        files = set(weight_map.values())
+        here = sum((directory / file).is_file() for file in files)
+        if here < len(files):
+            return _describe_index(directory, weight_map, here)
     checkpoint = Checkpoint(directory)
-    module, report = checkpoint.load(device="meta")
-    dtypes: Counter[str] = Counter()
-    for name, shape in checkpoint.shards.shapes.items():
-        dtypes[checkpoint.shards.dtypes[name]] += prod(shape)
-    kinds = ", ".join(f"{dtype} {count:,}" for dtype, count in dtypes.most_common())
-    lines = [("checkpoint", str(checkpoint.directory)), *_shape(module), ("values by dtype", kinds)]
-    lines.append(("missing, unexpected", f"{len(report.missing)}, {len(report.unexpected)}"))
+    entries, size = checkpoint.shards.entries.values(), Counter[str]()
+    for entry in entries:
+        size[entry.dtype] += entry.end - entry.begin
+    values = Counter({dtype: nbytes // DTYPES[dtype].itemsize for dtype, nbytes in size.items()})
+    lines = [
+        ("checkpoint", str(directory)),
+        *_shape(checkpoint.config),
+        ("files", f"{len({e.file for e in entries})}, all here"),
+        ("values by dtype", ", ".join(f"{dtype} {count:,}" for dtype, count in values.most_common())),
+        ("size", _bytes(size.total())),
+        *_names(checkpoint.shards.shapes, checkpoint.report),
+    ]
+    return lines, checkpoint.report
+
+
+def _describe_index(directory: Path, weight_map: dict[str, str], here: int) -> tuple[Lines, Report]:
+    config = GLMConfig.from_file(directory)
+    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in weight_map):
+        config = config.replace(num_nextn_predict_layers=0)
+    shapes, report = account(config, weight_map)
+    # Scales are counted as fp32; only a header can tell that they are single bytes.
+    size = 0
+    for name, shape in shapes.items():
+        wide = name.endswith((SCALE, "e_score_correction_bias"))
+        size += prod(shape) * (4 if wide else 1 if name + SCALE in shapes else 2)
+    raw = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8")).get("metadata")
+    total = raw.get("total_size") if isinstance(raw, dict) else None
+    lines = [
+        ("checkpoint", str(directory)),
+        *_shape(config),
+        ("files", f"{here} of {len(set(weight_map.values()))} here: told from names alone, not from headers"),
+        ("size", f"{_bytes(size)} by the configuration"),
+        *([("size by the index", _bytes(total))] if type(total) is int else []),
+        *_names(weight_map, report),
+    ]
+    return lines, report
+
+
+def _names(names: dict[str, str] | dict[str, tuple[int, ...]], report: Report) -> Lines:
+    scales = sum(name.endswith(SCALE) for name in names)
+    quantised = f", {scales:,} of them scales of FP8 blocks of {fp8.BLOCK} x {fp8.BLOCK}" if scales else ""
+    lines = [("names", f"{len(names):,}{quantised}")]
+    for kind, found in (("missing", report.missing), ("unexpected", report.unexpected)):
+        lines.append((kind, f"{len(found):,}" + (f": {', '.join(found[:3])}" if found else "")))
     if report.ignored:
         lines.append(("ignored", f"{len(report.ignored)} indexer tensors on Shared layers"))
     return lines
 
 
-def _shape(module: GLM) -> Lines:
-    c = module.config
-    tensors = checkpoint_tensors(module)
+def _bytes(count: int) -> str:
+    return f"{count:,} bytes ({count / 1e9:,.2f} GB)"
+
+
+def _shape(c: GLMConfig) -> Lines:
+    with torch.device("meta"):
+        tensors = checkpoint_tensors(GLM(c))
     total = sum(t.numel() for t in tensors.values())
     mtp = sum(t.numel() for n, t in tensors.items() if n.startswith(f"model.layers.{c.num_hidden_layers}."))
     moe = sum(c.is_moe(i) for i in range(c.num_hidden_layers))

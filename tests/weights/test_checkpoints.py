@@ -252,7 +252,8 @@ def test_a_lost_stacked_tensor_is_named(tmp_path: Path, model: GLM) -> None:
     "name",
     [
         "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.0.self_attn.o_proj.weight_scale_inv",
+        "model.layers.0.self_attn.q_proj.weight_scale_inv",
+        "model.layers.0.input_layernorm.weight_scale_inv",
         "model.layers.1.mlp.experts.8.up_proj.weight",  # the config has experts 0 to 7
         "model.layers.9.input_layernorm.weight",
         "model.layers.1.self_attn.indexers_proj.weight",

@@ -17,7 +17,7 @@ from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.weights import Checkpoint, checkpoint_tensors, save
 
-LIMIT = 400_000_000  # bytes resident, of a process in which torch alone takes about 230 MB
+LIMIT = 450_000_000  # bytes resident, of a process in which torch alone takes about 310 MB
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def sparse_file(path: Path, tensors: dict[str, list[int]]) -> int:
 
 
 def test_a_checkpoint_four_times_the_memory_loads_layer_by_layer(tmp_path: Path) -> None:
-    """Three shards, 1.6 GB; the process may hold 400 MB, mapped pages included."""
+    """Three shards, 1.9 GB; the process may hold 450 MB."""
     config = GLMConfig.preset("tiny").replace(
-        num_hidden_layers=24, indexer_types=("full", "shared") * 12, mlp_layer_types=("dense",) + ("sparse",) * 23,
+        num_hidden_layers=28, indexer_types=("full", "shared") * 14, mlp_layer_types=("dense",) + ("sparse",) * 27,
         hidden_size=1024, moe_intermediate_size=1024, n_routed_experts=10, intermediate_size=2048,
         num_nextn_predict_layers=0, vocab_size=4096,
     )  # fmt: skip
@@ -89,12 +89,14 @@ def test_a_checkpoint_four_times_the_memory_loads_layer_by_layer(tmp_path: Path)
         resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT}))
         checkpoint = Checkpoint(sys.argv[1])
         values = 0
-        for i in range(24):
+        for i in range(28):
             layer = checkpoint.layer(i, dtype=torch.bfloat16)
             values += sum(p.numel() for p in layer.parameters())
             del layer  # before the next one comes
         rest, _ = checkpoint.load(dtype=torch.bfloat16, layers=())
-        print(values, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # Not ru_maxrss, which begins with what the parent held.
+        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        print(values, int(peak.split()[1]) * 1024)
     """)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True,
@@ -126,10 +128,16 @@ for width, value in ((32, 1.0), (48, 2.0)):
 save(models[0], target, shard_bytes=100_000)
 (target / "notes.txt").write_text("mine")
 began = time.perf_counter()
-save(models[0], target, shard_bytes=100_000)
+child = os.fork()  # as slow as the ones to come
+if not child:
+    save(models[0], target, shard_bytes=100_000)
+    os._exit(0)
+os.waitpid(child, 0)
 duration = time.perf_counter() - began
-seen = []
-for trial in range(times):
+before, replaced = {1.0}, 0
+trial = killed = 0
+while killed < times and trial < 10 * times:
+    trial += 1
     child = os.fork()
     if not child:
         save(models[(trial + 1) % 2], target, shard_bytes=100_000)
@@ -141,9 +149,10 @@ for trial in range(times):
     values = {float(v) for p in loaded.parameters() for v in p.unique()}
     assert values == ({1.0} if loaded.config.moe_intermediate_size == 32 else {2.0}), (trial, values)
     assert (target / "notes.txt").read_text() == "mine"
-    seen.append((os.WIFSIGNALED(status), values == {1.0}))
-killed = sum(k for k, _ in seen)
-print(killed, sum(old for k, old in seen if k))
+    replaced += values != before
+    before = values
+    killed += os.WIFSIGNALED(status)
+print(killed, trial - killed, replaced)
 """
 
 
@@ -154,5 +163,6 @@ def test_a_kill_during_save_leaves_the_old_or_the_new_checkpoint(tmp_path: Path)
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    print(f"\nkilled before the end, of which the first model stood: {done.stdout}")
-    assert int(done.stdout.split()[0]) >= 10
+    killed, finished, replaced = map(int, done.stdout.split())
+    print(f"\n{killed} saves killed, {finished} came first; {replaced} times another model stood there than before")
+    assert killed == 50 and replaced >= 5
