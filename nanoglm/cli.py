@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from nanoglm import plan as planning
 from nanoglm.api import checkpoint_directory, load
 from nanoglm.cache import PagedCache
+from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
@@ -166,6 +169,54 @@ def slice_(
     print(f"{out}: {config.num_hidden_layers} layers ({config.pattern}), {config.n_routed_experts} experts")
 
 
+def plan(
+    model: Annotated[str, tyro.conf.Positional],
+    /,
+    length: int = 131_072,
+    memory: str | None = None,
+    ram: str | None = None,
+    memory_bandwidth: str | None = None,
+    ram_bandwidth: str | None = None,
+    disk_bandwidth: str | None = None,
+    json: bool = False,
+) -> None:
+    """What a model costs at a context length: parameters, FLOPs, cache, weights, and what fits where.
+
+    Args:
+        model: A preset, a checkpoint directory or a config.json.
+        length: Tokens of context.
+        memory: Of the accelerator, such as 12GB.
+        ram: Of the machine, such as 64GB.
+        memory_bandwidth: Such as 504GB/s; with the others it bounds the speed.
+        ram_bandwidth: Such as 50GB/s.
+        disk_bandwidth: Such as 3GB/s, for what fits in neither.
+        json: Print one JSON object instead of tables.
+    """
+    config = GLMConfig.from_file(model) if Path(model).exists() else GLMConfig.preset(model)
+    figures = planning.plan(config, length)
+    placed = []
+    if memory or ram:
+        for kind in planning.FORMATS:
+            tiers = planning.tiers(memory, ram, memory_bandwidth, ram_bandwidth, disk_bandwidth)
+            placed.append((kind, tiers, planning.place(config, length, kind, tiers)))
+    if json:
+        figures["placement"] = {
+            kind: {"held": {t.name: t.held for t in tiers}, "read_per_token": {t.name: t.read for t in tiers},
+                   "tokens_per_second_at_most": bound}
+            for kind, tiers, bound in placed
+        }  # fmt: skip
+        print(dumps(figures))
+        return
+    _print_lines(planning.lines(figures))
+    if placed:
+        table = Table("format", *(tier.name for tier in placed[0][1]), "tokens/s at most")
+        for kind, tiers, bound in placed:
+            cells = [", ".join(f"{part} {n / 1e9:,.1f}" for part, n in tier.held.items()) for tier in tiers]
+            table.add_row(kind, *cells, "give the bandwidths" if bound is None else f"{bound:,.3g}")
+        print("\nwhat fits where, in GB (main model, batch 1, every byte read once, no time for arithmetic)")
+        Console(width=max(Console().width, 120)).print(table)
+
+
 def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
     """Train a preset on text, byte by byte: dense, indexer warm-up, sparse.
 
@@ -187,6 +238,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate_text,
     "inspect": inspect,
     "slice": slice_,
+    "plan": plan,
     "train": train,
 }
 
