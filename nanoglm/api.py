@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,9 @@ from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
 from nanoglm.engine import SamplingParams, generate
 from nanoglm.engine.generate import check_prompt
+from nanoglm.engine.record import Recording, Trace
 from nanoglm.errors import CheckpointError, InputError
-from nanoglm.model import GLM, Attention, BatchStore, Output
+from nanoglm.model import GLM, Attention, BatchStore, Output, Tape
 from nanoglm.ops import Batch
 from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, materialise, save
 
@@ -40,6 +43,8 @@ class Model:
     def __init__(self, module: GLM, tokenizer: Tokenizer | None, report: Report | None = None) -> None:
         self.module, self.config = module.eval(), module.config
         self._tokenizer, self.report = tokenizer, report or Report()
+        self._recording: Recording | None = None
+        self._replayed: Iterator[Trace] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,7 +110,10 @@ class Model:
             raise InputError("stop holds an empty text; expected at least one character")
         params = params or SamplingParams()
         params = replace(params, stop_ids=params.stop_ids or self.config.eos_token_id)
-        ids = generate(self.module, self.tokenizer.encode(prompt), params)
+        prompt_ids, replay = self.tokenizer.encode(prompt), self._next_replayed()
+        check_prompt(self.module, prompt_ids, params.max_tokens)
+        record = None if self._recording is None else self._recording.begin()
+        ids = generate(self.module, prompt_ids, params, record=record, replay=replay)
         return self._stream(ids, tuple(stop))
 
     def _stream(self, ids: Iterator[int], stop: tuple[str, ...]) -> Iterator[str]:
@@ -123,6 +131,48 @@ class Model:
         held += decoder.flush()
         if held:
             yield held
+
+    @contextmanager
+    def record(self, path: str | Path) -> Iterator[Recording]:
+        """Within: what :meth:`logits`, :meth:`selections`, :meth:`generate` and :meth:`stream` run is recorded.
+
+        Per token the Selections of the Full layers and the experts of the MoE layers, as safetensors with
+        hashes of configuration and tokens. The file is written when the block ends well.
+
+        >>> with model.record("run.safetensors"):
+        ...     model.generate("It was")
+
+        Raises:
+            InputError: a recording is running already, or the file cannot be written.
+        """
+        if self._recording is not None:
+            raise InputError("record is running already; expected one recording at a time")
+        self._recording = recording = Recording(self.config)
+        try:
+            yield recording
+        finally:
+            self._recording = None
+        recording.save(path)
+
+    @contextmanager
+    def replay(self, path: str | Path) -> Iterator[None]:
+        """Within: each sequence takes the Selections and routes of the next one recorded, not its own.
+
+        The weights may be others, the shape may not. Only routing is replayed: expert weights and all else
+        are computed anew. A sequence may be a beginning of the recorded one; decoding recorded token by
+        token replays as a whole and the other way round.
+
+        Raises:
+            InputError: the file is damaged or of another model's shape, a token differs, or there are more
+                sequences than were recorded.
+        """
+        if self._replayed is not None:
+            raise InputError("replay is running already; expected one replay at a time")
+        self._replayed = iter(Recording.load(path, self.config).traces)
+        try:
+            yield
+        finally:
+            self._replayed = None
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.bfloat16, mtp: bool = True) -> None:
         """Writes a checkpoint that transformers, vLLM and SGLang read, with its tokenizer.
@@ -151,7 +201,40 @@ class Model:
         device = self.module.lm_head.weight.device
         packed = torch.tensor([i for ids in sequences for i in ids], device=device)
         batch = Batch.contiguous(counts, device)
-        return self.module(packed, batch, BatchStore(), attention=attention, selections=replay), counts
+        given: dict[str, Any] = {"selections": replay}
+        if self._replayed is not None:
+            if replay is not None:
+                raise InputError("selections are given within a replay; expected one of the two")
+            given = self._replay_rows(sequences)
+        tape = None if self._recording is None else Tape(indexers=False)
+        output = self.module(packed, batch, BatchStore(), attention=attention, tape=tape, **given)
+        if self._recording is not None and tape is not None:
+            for b, ids in enumerate(sequences):
+                rows = slice(*batch.borders[b : b + 2])
+                chosen = [None if s is None else s[rows] for s in output.selections]
+                routes = {layer: experts[rows] for layer, experts in tape.experts.items()}
+                self._recording.begin().append(ids, chosen, routes)
+        return output, counts
+
+    def _next_replayed(self) -> Trace | None:
+        if self._replayed is None:
+            return None
+        trace = next(self._replayed, None)
+        if trace is None:
+            raise InputError("replay has no sequence left; expected as many as were recorded")
+        return trace
+
+    def _replay_rows(self, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The next traces' Selections and routes, packed as the batch is."""
+        device = self.module.lm_head.weight.device
+        traces = [self._next_replayed() for _ in sequences]
+        rows = [trace.rows(0, ids, device) for trace, ids in zip(traces, sequences, strict=True) if trace is not None]
+        packed: list[Tensor] = []
+        for layer in range(self.config.num_hidden_layers):
+            full = self.config.has_indexer(layer)
+            packed.append(torch.cat([r["selections"][layer] for r in rows]) if full else packed[-1])
+        routes = {layer: torch.cat([r["routes"][layer] for r in rows]) for layer in rows[0]["routes"]}
+        return {"selections": packed, "routes": routes}
 
     def _packed(self, sequences: Sequence[Sequence[int]], selections: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Selections per layer over the packed rows, checked: a wrong one would be answered, not noticed."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from nanoglm.cache import PAGE, PagedCache
+from nanoglm.engine.record import Trace
 from nanoglm.engine.sampler import sample
 from nanoglm.errors import InputError
-from nanoglm.model import GLM
+from nanoglm.model import GLM, Tape
 
 PREFILL_CHUNK = 2048
 
@@ -62,39 +63,66 @@ def check_prompt(model: GLM, ids: Sequence[int], new_tokens: int = 0) -> None:
 
 @torch.no_grad()
 def prefill(
-    model: GLM, cache: PagedCache, request: int, ids: Sequence[int], chunk: int = PREFILL_CHUNK
+    model: GLM,
+    cache: PagedCache,
+    request: int,
+    ids: Sequence[int],
+    chunk: int = PREFILL_CHUNK,
+    *,
+    record: Trace | None = None,
+    replay: Trace | None = None,
 ) -> torch.Tensor:
     """Runs ids through the model in chunks; returns the logits [V] after the last one."""
     device = model.lm_head.weight.device
     hidden = None
     for begin in range(0, len(ids), chunk):
-        part = torch.tensor(ids[begin : begin + chunk], device=device)
-        hidden = model(part, cache.extend([request], [len(part)]), cache).hidden
+        part = list(ids[begin : begin + chunk])
+        given = {} if replay is None else replay.rows(cache.length(request), part, device)
+        tape = None if record is None else Tape(indexers=False)
+        output = model(
+            torch.tensor(part, device=device), cache.extend([request], [len(part)]), cache, tape=tape, **given
+        )
+        if record is not None and tape is not None:
+            record.append(part, output.selections, tape.experts)
+        hidden = output.hidden
     assert hidden is not None
     return model.logits(hidden[-1:])[0]
 
 
-def generate(model: GLM, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
+def generate(
+    model: GLM,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    record: Trace | None = None,
+    replay: Trace | None = None,
+) -> Iterator[int]:
     """Yields the continuation's token ids one by one (checks its arguments at once, before the first).
 
+    Args:
+        record: takes every token's Selections and routes. replay: gives them.
+
     Raises:
-        InputError: an empty or too long prompt, or ids outside the vocabulary.
+        InputError: an empty or too long prompt, ids outside the vocabulary, or, on the way, tokens that
+            are not those of the replayed trace.
     """
     check_prompt(model, prompt, params.max_tokens)
-    return _generate(model, list(prompt), params)
+    return _generate(model, list(prompt), params, record, replay)
 
 
-def _generate(model: GLM, prompt: list[int], params: SamplingParams) -> Iterator[int]:
+def _generate(
+    model: GLM, prompt: list[int], params: SamplingParams, record: Trace | None, replay: Trace | None
+) -> Iterator[int]:
     weight = model.lm_head.weight
     pages = -(-(len(prompt) + params.max_tokens) // PAGE)
     cache = PagedCache(model.config, pages, dtype=weight.dtype, device=weight.device)
     request = cache.open()
     generator = torch.Generator().manual_seed(params.seed)
-    logits = prefill(model, cache, request, prompt)
+    logits = prefill(model, cache, request, prompt, record=record, replay=replay)
     for count in range(1, params.max_tokens + 1):
         token = sample(logits, params.temperature, params.top_k, generator)
         if token in params.stop_ids:
             return
         yield token
         if count < params.max_tokens:
-            logits = prefill(model, cache, request, [token])
+            logits = prefill(model, cache, request, [token], record=record, replay=replay)

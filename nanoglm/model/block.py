@@ -26,9 +26,10 @@ class DecoderLayer(nn.Module):
         """Returns the residual stream [T, D] and the Selection for the layers that share it."""
         attended_TD, selection = self.self_attn(self.input_layernorm(x_TD), step, selection)
         x_TD = x_TD + attended_TD
-        y_TD = self.mlp(self.post_attention_layernorm(x_TD))
-        if isinstance(self.mlp, MoE):
-            y_TD, ids_Tk = y_TD
-            if step.tape is not None:
-                step.tape.experts[self.layer] = ids_Tk
+        b_TD = self.post_attention_layernorm(x_TD)
+        if not isinstance(self.mlp, MoE):
+            return x_TD + self.mlp(b_TD), selection
+        y_TD, ids_Tk = self.mlp(b_TD, step.routes[self.layer] if step.routes is not None else None)
+        if step.tape is not None:
+            step.tape.experts[self.layer] = ids_Tk
         return x_TD + y_TD, selection

@@ -15,7 +15,7 @@ K selected, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -72,6 +72,7 @@ class GLM(nn.Module):
         *,
         attention: Attention = "sparse",
         selections: Sequence[Tensor] | None = None,
+        routes: Mapping[int, Tensor] | None = None,
         tape: Tape | None = None,
     ) -> Output:
         """Runs the decoder layers over one ragged batch.
@@ -82,6 +83,7 @@ class GLM(nn.Module):
             store: keeps the keys; a ``BatchStore`` for whole sequences, a ``PagedCache`` otherwise.
             attention: "sparse" (default), or "masked" and "dense" for training and comparison.
             selections: one int32 [T, K] a layer, replayed instead of the indexers' own.
+            routes: per MoE layer expert ids int64 [T, k], replayed instead of the routers' choice.
             tape: collects what training losses need.
 
         Raises:
@@ -89,7 +91,8 @@ class GLM(nn.Module):
         """
         if attention != "sparse" and batch.page_size != 1:
             raise ValueError(f"attention is {attention!r} on a paged batch; expected 'sparse'")
-        step = Pass(batch, self.rotary(batch.positions), store, attention, selections is not None, tape=tape)
+        replayed = selections is not None
+        step = Pass(batch, self.rotary(batch.positions), store, attention, replayed, tape=tape, routes=routes)
         x_TD = self.model.embed_tokens(ids_T)
         selection: Tensor | None = None
         used: list[Tensor | None] = []
@@ -115,7 +118,8 @@ class GLM(nn.Module):
         Returns:
             m [T, D] (``logits(m)`` predicts token t + 2 + depth) and the Selection to pass on.
         """
-        step = step.draft(self.rotary(step.batch.positions + depth)) if depth else replace(step, replay=False)
+        step = replace(step, replay=False, routes=None)  # a recording holds the decoder layers only
+        step = step.draft(self.rotary(step.batch.positions + depth)) if depth else step
         return self.mtp.draft(self.model.embed_tokens(next_ids_T), hidden_TD, step, selection)
 
     @property

@@ -29,21 +29,25 @@ class Router(Linear):
         bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns expert ids int64 [T, k] and weights fp32 [T, k]."""
+    def route(self, x_TD: Tensor, ids_Tk: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns expert ids int64 [T, k] and weights fp32 [T, k]; ``ids_Tk`` replays a recorded choice."""
         scores_TE = ops.sigmoid(self.forward_fp32(x_TD))
-        choice_TE = scores_TE.detach() + self.e_score_correction_bias
+        if ids_Tk is None:
+            ids_Tk = self._choose(scores_TE.detach() + self.e_score_correction_bias)
+        weights_Tk = scores_TE.gather(-1, ids_Tk)  # without the bias: it is for choice only
+        if self.normalise:
+            weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
+        return ids_Tk, weights_Tk * self.scale
+
+    def _choose(self, choice_TE: Tensor) -> Tensor:
+        """The k best experts of the best groups (with one group, of all)."""
         if self.groups > 1:
             choice_TGE = choice_TE.unflatten(-1, (self.groups, -1))
             best_TG = choice_TGE.topk(min(2, choice_TGE.shape[-1]), -1).values.sum(-1)
             kept = ops.top(best_TG, self.topk_groups)
             dropped_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter(-1, kept, False)
             choice_TE = choice_TGE.masked_fill(dropped_TG[..., None], -torch.inf).flatten(-2)
-        ids_Tk = ops.top(choice_TE, self.topk)
-        weights_Tk = scores_TE.gather(-1, ids_Tk)  # without the bias: it is for choice only
-        if self.normalise:
-            weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
-        return ids_Tk, weights_Tk * self.scale
+        return ops.top(choice_TE, self.topk)
 
 
 class Experts(nn.Module):
@@ -69,9 +73,9 @@ class MoE(nn.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns [T, D] and the chosen experts int64 [T, k]."""
-        ids_Tk, weights_Tk = self.gate.route(x_TD)
+    def forward(self, x_TD: Tensor, ids_Tk: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns [T, D] and the chosen experts int64 [T, k] (the given ones, if any)."""
+        ids_Tk, weights_Tk = self.gate.route(x_TD, ids_Tk)
         y_TD = self.experts(x_TD, ids_Tk, weights_Tk)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

@@ -6,6 +6,7 @@ kept, and which form attention takes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -45,6 +46,7 @@ class Pass:
     replay: bool = False  # Full layers take the Selection they are given instead of their own
     reuse_keys: bool = False  # MTP steps after the first: attend to the keys of step 0, write none
     tape: Tape | None = None
+    routes: Mapping[int, Tensor] | None = None  # per MoE layer int64 [T, k]: replayed instead of the router's choice
 
     @property
     def recording(self) -> Tape | None:

@@ -6,6 +6,7 @@ import torch
 from nanoglm.api import load
 from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
+from nanoglm.errors import InputError
 from nanoglm.model import GLM, Attention, BatchStore
 from nanoglm.model.indexer import Indexer
 from nanoglm.ops import Batch
@@ -119,7 +120,7 @@ def test_router_bias_stays_fp32_in_bf16_models() -> None:
 def test_no_mtp_layer_is_one_sentence() -> None:
     model = GLM(GLMConfig.preset("tiny").replace(num_nextn_predict_layers=0)).initialise()
     output = model(IDS, BATCH, BatchStore())
-    with pytest.raises(RuntimeError, match="no MTP layer"):
+    with pytest.raises(InputError, match=r"no MTP layer; expected tensors model\.layers\.4\.\*"):
         model.draft(IDS, output.hidden, output.step)
 
 
