@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -24,6 +25,7 @@ from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.ops import count_work
+from nanoglm.verify import Receipt, verify
 from nanoglm.weights import inspect as inspection
 from nanoglm.weights.slice import slice_checkpoint
 
@@ -217,6 +219,48 @@ def plan(
         Console(width=max(Console().width, 120)).print(table)
 
 
+def verify_(json: bool = False, faults: bool = True) -> None:
+    """The fidelity receipt: this code against transformers, layer by layer; every planted fault must show.
+
+    Ends with exit code 0 if every row is green and every fault was caught, else 1.
+
+    Args:
+        json: Print one JSON object instead of a table.
+        faults: Plant the faults; without them the receipt is incomplete.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("verifying", total=1.0)
+        receipt = verify(
+            faults=faults, progress=lambda what, share: progress.update(task, description=what, completed=share)
+        )
+    print(dumps(receipt.to_json())) if json else _print_receipt(receipt)
+    sys.exit(0 if receipt.ok else 1)
+
+
+def _print_receipt(receipt: Receipt) -> None:
+    console = Console(width=max(Console().width, 130))
+    rows = Table("", "row", "against", "value", "limit")
+    for against, row in receipt.rows:
+        mark, style = ("green", "green") if row.ok else ("RED", "bold red")
+        rows.add_row(mark, escape(row.name), against, f"{row.value:.3g}", f"{row.limit:g}", style=style)
+    console.print(rows)
+    if receipt.faults:
+        faults = Table("", "planted fault", "rows it turned red")
+        for fault in receipt.faults:
+            mark, style = ("red", "red") if fault.caught else ("MISSED", "bold yellow")
+            more = f" and {len(fault.by) - 1} more" if len(fault.by) > 1 else ""
+            faults.add_row(mark, escape(fault.name), escape(fault.by[0] + more) if fault.by else "none", style=style)
+        console.print(faults)
+    for sentence in receipt.not_run:
+        print(f"not run: {sentence}")
+    print(", ".join(f"{name} {version}" for name, version in receipt.versions.items()))
+    print(
+        f"{'ok' if receipt.ok else 'NOT OK'}: {sum(row.ok for _, row in receipt.rows)} of {len(receipt.rows)} rows "
+        f"green, {sum(fault.caught for fault in receipt.faults)} of {len(receipt.faults)} planted faults red"
+    )
+
+
 def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
     """Train a preset on text, byte by byte: dense, indexer warm-up, sparse.
 
@@ -239,6 +283,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "slice": slice_,
     "plan": plan,
+    "verify": verify_,
     "train": train,
 }
 

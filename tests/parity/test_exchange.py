@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.oracle import hf, pair, randomise, transformers
 from safetensors import safe_open
 
 import nanoglm
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM
+from nanoglm.verify.oracle import hf, pair, randomise, transformers
 from nanoglm.weights import Checkpoint, save
 
 IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(5)).tolist()

@@ -11,76 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from parity.oracle import hf, hf_config, our_tie_rule, pair
 from torch import Tensor
 
 from nanoglm.cache import PagedCache
-from nanoglm.config import FULL, GLMConfig
+from nanoglm.config import GLMConfig
 from nanoglm.model import GLM, BatchStore
 from nanoglm.ops import Batch
+from nanoglm.verify.oracle import ComposedMTP, pair
 
 CONFIG = GLMConfig.preset("tiny")
 LENGTH = 70
 IDS = torch.randint(0, 256, (LENGTH + 3,), generator=torch.Generator().manual_seed(2))
 
 
-class Composed:
-    """The MTP layer of transformers' parts, over one sequence; remembers step 0's keys and top-k."""
-
-    def __init__(self, ours: GLM) -> None:
-        config = CONFIG.replace(
-            num_hidden_layers=5, indexer_types=(FULL,) * 5, mlp_layer_types=(*CONFIG.mlp_layer_types, "sparse")
-        )
-        self.config = hf_config(config)
-        self.layer = hf.GlmMoeDsaDecoderLayer(self.config, 4).eval()
-        state = ours.mtp.state_dict()
-        own = ("enorm", "hnorm", "eh_proj", "shared_head")
-        self.layer.load_state_dict({k: v for k, v in state.items() if not k.startswith(own)})
-        self.norms = {}
-        for name, key in (("e", "enorm"), ("h", "hnorm"), ("m", "shared_head.norm")):
-            self.norms[name] = hf.GlmMoeDsaRMSNorm(64, CONFIG.rms_norm_eps)
-            self.norms[name].load_state_dict({"weight": state[f"{key}.weight"]})
-        self.project = state["eh_proj.weight"]
-        self.rope = hf.GlmMoeDsaRotaryEmbedding(self.config)
-
-    def step(self, embedding: Tensor, hidden: Tensor, depth: int) -> Tensor:
-        z = torch.cat([self.norms["e"](embedding), self.norms["h"](hidden)], -1) @ self.project.T
-        angles = self.rope(z[None], torch.arange(len(z))[None] + depth)
-        causal = torch.full((1, 1, len(z), len(z)), torch.finfo(torch.float32).min).triu(1)
-        with our_tie_rule():
-            if depth == 0:
-                self.angles = angles
-                self.first_input = self.layer.input_layernorm(z[None])
-                y, self.chosen = self.layer(z[None], attention_mask=causal, position_embeddings=angles)
-                return self.norms["m"](y[0])
-            attended = self._attend(self.layer.input_layernorm(z[None]), angles, causal)
-            y = z[None] + attended
-            return self.norms["m"]((y + self.layer.mlp(self.layer.post_attention_layernorm(y)))[0])
-
-    def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], causal: Tensor) -> Tensor:
-        attention = self.layer.self_attn
-        q = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(x)))
-        q = q.view(1, len(x[0]), -1, attention.qk_head_dim).transpose(1, 2)
-        q_pass, q_rot = q.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], -1)
-        q_rot, _ = hf.apply_rotary_pos_emb_interleave(q_rot, q_rot, *angles)
-        latent, k_rot = attention.kv_a_proj_with_mqa(self.first_input).split([32, 8], -1)
-        _, k_rot = hf.apply_rotary_pos_emb_interleave(k_rot[:, None], k_rot[:, None], *self.angles)
-        keys, values = attention.expand_kv(attention.kv_a_layernorm(latent)[:, None], k_rot)
-        hidden = torch.ones_like(causal[:, 0], dtype=torch.bool).scatter(-1, self.chosen.long(), False)[:, None]
-        mask = causal.masked_fill(hidden, torch.finfo(torch.float32).min)
-        out, _ = hf.eager_attention_forward(
-            attention, torch.cat([q_pass, q_rot], -1), keys, values, mask, attention.scaling
-        )
-        return attention.o_proj(out.reshape(1, len(x[0]), -1))
-
-
 @pytest.fixture(scope="module")
 def composed() -> tuple[GLM, list[Tensor], Tensor]:
     """Our model, the oracle's m after each of three steps, and the main hidden states."""
     theirs, ours = pair(CONFIG, 3)
+    oracle = ComposedMTP(CONFIG, 4)
+    ours.load_state_dict(oracle.checkpoint(), strict=False)
     with torch.no_grad():
         hidden = ours(IDS[:LENGTH], Batch.contiguous([LENGTH]), BatchStore()).hidden
-        oracle, steps, m = Composed(ours), [], hidden
+        steps, m = [], hidden
         for depth in range(3):
             embedding = theirs.model.embed_tokens(IDS[1 + depth : 1 + depth + LENGTH])
             m = oracle.step(embedding, m, depth)

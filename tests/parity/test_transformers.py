@@ -17,14 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from parity.oracle import Trace, near_tie, our_tie_rule, pair, run_theirs
 
-from nanoglm import ops
 from nanoglm.api import Model
 from nanoglm.config import FULL, SHARED, GLMConfig
 from nanoglm.engine import SamplingParams, generate
-from nanoglm.model import GLM, BatchStore
-from nanoglm.ops import Batch
+from nanoglm.model import GLM
+from nanoglm.verify.oracle import Trace, first_flips, our_tie_rule, pair, run_ours, run_theirs
 
 SHARDS, DISTINCT, EXAMPLES = 4, 25, 45  # hypothesis repeats some draws
 LIMIT = 1e-5
@@ -66,36 +64,6 @@ def configs(draw: st.DrawFn, shard: int) -> GLMConfig:
     )
 
 
-@torch.no_grad()
-def run_ours(model: GLM, sequences: list[list[int]], forced: dict[tuple[int, int], torch.Tensor]) -> list[Trace]:
-    """All sequences as one ragged batch. ``forced`` replaces single rows, keyed (Full layer, batch row)."""
-    counts = [len(ids) for ids in sequences]
-    hidden: list[torch.Tensor] = []
-    hooks = [m.register_forward_hook(lambda _m, _i, out: hidden.append(out[0])) for m in model.layers]
-    full = iter(model.config.full_layers)
-    select = ops.select
-
-    def replaying(*args) -> torch.Tensor:
-        selection, layer = select(*args), next(full)
-        for (at, row), value in forced.items():
-            if at == layer:
-                selection[row] = value
-        return selection
-
-    ops.select = replaying
-    try:
-        packed = torch.tensor([i for ids in sequences for i in ids])
-        output = model(packed, Batch.contiguous(counts), BatchStore())
-    finally:
-        ops.select = select
-        for hook in hooks:
-            hook.remove()
-    logits = model.logits(output.hidden).split(counts)
-    layers = [h.split(counts) for h in hidden]
-    chosen = [s.split(counts) for s in output.selections]
-    return [Trace(logits[b], [h[b] for h in layers], [s[b] for s in chosen]) for b in range(len(counts))]
-
-
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
 
@@ -127,7 +95,7 @@ def test_equals_transformers(shard: int, counted: Counter[str]) -> None:
         forced: dict[tuple[int, int], torch.Tensor] = {}
         while True:
             found = run_ours(ours, sequences, forced)
-            flips = first_flips(config, found, expected, lengths)
+            flips = near_ties(found, expected)
             if not flips:
                 break
             forced |= flips
@@ -152,23 +120,12 @@ def test_equals_transformers(shard: int, counted: Counter[str]) -> None:
     assert counted["greedy near ties"] <= 0.01 * counted["greedy tokens"], counted
 
 
-def first_flips(
-    config: GLMConfig, found: list[Trace], expected: list[Trace], lengths: list[int]
-) -> dict[tuple[int, int], torch.Tensor]:
-    """Rows of the first Full layer where Selections differ; later layers differ in consequence."""
-    for layer in config.full_layers:
-        flips = {}
-        first = 0
-        for mine, wanted, length in zip(found, expected, lengths, strict=True):
-            rows = (mine.selections[layer] != wanted.selections[layer]).any(-1).nonzero().flatten().tolist()
-            for row in rows:
-                gap = near_tie(wanted.scores[layer], row, config.index_topk)
-                assert gap <= 1e-5, f"layer {layer} row {row}: Selections differ with a gap of {gap}"
-                flips[layer, first + row] = wanted.selections[layer][row]
-            first += length
-        if flips:
-            return flips
-    return {}
+def near_ties(found: list[Trace], expected: list[Trace]) -> dict[tuple[int, int], torch.Tensor]:
+    """Rows of the first layer where Selections differ, which must be near ties."""
+    flips = first_flips(found, expected)
+    for flip in flips:
+        assert flip.gap <= 1e-5, f"layer {flip.layer} row {flip.row}: Selections differ with a gap of {flip.gap}"
+    return {(flip.layer, flip.row): flip.wanted for flip in flips}
 
 
 @torch.no_grad()
@@ -195,14 +152,14 @@ def test_a_wrong_selection_is_no_near_tie() -> None:
     theirs, ours = pair(config, 1)
     ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     expected, found = [run_theirs(theirs, config, ids)], run_ours(ours, [ids], {})
-    assert not first_flips(config, found, expected, [60])
+    assert not near_ties(found, expected)
     wrong = found[0].selections[0].clone()
     missing = next(s for s in range(59) if s not in wrong[59].tolist())
     wrong[59] = torch.tensor(sorted([missing, *wrong[59].tolist()[1:]]))
     found[0].selections[0] = wrong
     with pytest.raises(AssertionError, match="layer 0 row 59: Selections differ"):
-        first_flips(config, found, expected, [60])
+        near_ties(found, expected)
     expected[0].scores[0][59] = 1.0  # were all scores equal, it would be excused, replayed and counted
-    assert list(first_flips(config, found, expected, [60])) == [(0, 59)]
+    assert list(near_ties(found, expected)) == [(0, 59)]
     forced = {(0, 59): expected[0].selections[0][59]}
-    assert not first_flips(config, run_ours(ours, [ids], forced), expected, [60])
+    assert not near_ties(run_ours(ours, [ids], forced), expected)

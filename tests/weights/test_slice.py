@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.oracle import hf
 from safetensors.torch import load_file, save_file
 
 import nanoglm
@@ -16,6 +15,7 @@ from nanoglm.cli import main
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
+from nanoglm.verify.oracle import hf
 from nanoglm.weights import Checkpoint, fp8, save
 from nanoglm.weights.slice import slice_checkpoint
 
