@@ -112,10 +112,14 @@ class GLMConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ConfigError(f"config field {name} is {value!r}; expected a positive integer")
+            if value > _LARGEST.get(name, 1 << 20):
+                raise ConfigError(f"config field {name} is {value}; expected at most {_LARGEST.get(name, 1 << 20)}")
         for name in ("n_shared_experts", "num_nextn_predict_layers"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"config field {name} is {value!r}; expected an integer >= 0")
+        if self.n_shared_experts > _LARGEST["n_routed_experts"]:
+            raise ConfigError(f"config field n_shared_experts is {self.n_shared_experts}; expected at most 4096")
         for name in _FACTORS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
@@ -194,8 +198,10 @@ class GLMConfig:
         layers = raw.get("num_hidden_layers")
         if not isinstance(layers, int) or isinstance(layers, bool) or layers <= 0:
             raise ConfigError(f"config field num_hidden_layers is {layers!r}; expected a positive integer")
-        if layers > _MOST_LAYERS:
-            raise ConfigError(f"config field num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}")
+        if layers > _LARGEST["num_hidden_layers"]:
+            raise ConfigError(
+                f"config field num_hidden_layers is {layers}; expected at most {_LARGEST['num_hidden_layers']}"
+            )
         heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
         if heads is not None and kv_heads is not None and kv_heads != heads:
             raise ConfigError(
@@ -250,7 +256,7 @@ class GLMConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"config file {path} cannot be read: {error.strerror}; expected a config.json") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"config file {path} is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"config file {path} holds a {type(raw).__name__}; expected a JSON object")
@@ -277,7 +283,11 @@ _SIZES = (  # positive integers that every file must give
 # fmt: on
 _POSITIVE = (*_SIZES, "n_group", "topk_group", "max_position_embeddings")
 _FACTORS = ("rope_theta", "rms_norm_eps", "latent_norm_eps", "routed_scaling_factor", "initializer_range")
-_MOST_LAYERS = 10_000  # a typing error must not fill the memory with a schedule
+# A typing error must not fill the memory; any other size may be 2**20, so that no tensor's size overflows.
+_LARGEST = {
+    "num_hidden_layers": 1000, "num_attention_heads": 1 << 16, "index_n_heads": 1 << 16, "n_routed_experts": 4096,
+    "n_group": 4096, "topk_group": 4096, "index_topk": (1 << 31) - 1, "max_position_embeddings": (1 << 31) - 1,
+}  # fmt: skip
 
 
 def _types_from_pattern(pattern: Any, layers: int) -> tuple[str, ...]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 class NanoglmError(Exception):
-    """A mistake in the input: the message names the field, the value found and what was expected."""
+    """A mistake in the input: the message names the field, the value found and what was expected.
+
+    One line, and where a value found is endless its middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        message = " ".join(message.splitlines())
+        super().__init__(message if len(message) <= 1000 else f"{message[:600]} ... {message[-300:]}")
 
 
 class ConfigError(NanoglmError):
