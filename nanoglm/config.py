@@ -10,7 +10,6 @@ Source: architecture spec 1.1 to 1.3; presets from training spec 4.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -122,7 +121,7 @@ class GLMConfig:
             raise ConfigError(f"config field n_shared_experts is {self.n_shared_experts}; expected at most 4096")
         for name in _FACTORS:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1 << 62:
                 raise ConfigError(f"config field {name} is {value!r}; expected a positive number")
         for name in ("norm_topk_prob", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):

@@ -85,8 +85,9 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     return rng.choice([
         lambda: data[:at], lambda: data[:near], lambda: b"", lambda: data + rng.randbytes(rng.randrange(1, 40)),
         lambda: data[:near] + rng.randbytes(1) + data[near + 1 :],
-        lambda: data[:at] + rng.randbytes(8) + data[at + 8 :], lambda: data[:near] + data[near + 3 :], lambda: b"[" * 100_000, lambda: rng.randbytes(200),
-        lambda: b"\xef\xbb\xbf" + data, lambda: rng.randbytes(8) + data[8:],
+        lambda: data[:at] + rng.randbytes(8) + data[at + 8 :], lambda: data[:near] + data[near + 3 :],
+        lambda: b"[" * 100_000, lambda: rng.randbytes(200), lambda: b"\xef\xbb\xbf" + data,
+        lambda: rng.randbytes(8) + data[8:],
     ])()  # fmt: skip
 
 
