@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from nanoglm.cli import main
 from nanoglm.verify import Row, external, receipt, verify
 from nanoglm.verify.faults import FAULTS, Fault
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "verify.md"
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[dict, int]:
@@ -34,6 +38,9 @@ def test_every_row_is_green_and_every_fault_red(capsys: pytest.CaptureFixture[st
         assert fault["caught"] and fault["by"]
         assert any(name in external_rows for name in fault["by"]), fault  # a real comparison, not a refusal
     assert found["versions"]["transformers"] == "5.23.0"
+    claims = re.findall(r"`([^`\n]+)`", DOCUMENT.read_text(encoding="utf-8"))
+    undocumented = {row["name"] for row in found["rows"] if "cuda" not in row["name"]} - set(claims)
+    assert not undocumented  # docs/verify.md states each row's claim
 
 
 def test_a_fault_that_nothing_shows_is_a_missed_one(
