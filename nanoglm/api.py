@@ -178,7 +178,8 @@ class Model:
         """Writes a checkpoint that transformers, vLLM and SGLang read, with its tokenizer.
 
         Args:
-            dtype: fp32, bf16, fp16, or float8_e4m3fn (blocks of 128 x 128, the rest bf16). mtp: False leaves the MTP layer out (transformers has none).
+            dtype: fp32, bf16, fp16, or float8_e4m3fn (blocks of 128 x 128, the rest bf16).
+            mtp: False leaves the MTP layer out (transformers has none).
         """
 
         def beside(folder: Path) -> None:
