@@ -73,13 +73,12 @@ def slice_checkpoint(
         num_nextn_predict_layers=int(mtp),
     )
     keep, ignored = torch.tensor(experts), set(checkpoint.report.ignored)
-    names = [name for name in checkpoint.shards.shapes if name not in ignored]
+    renamed = {name: _renamed(name, places, experts) for name in checkpoint.shards.shapes if name not in ignored}
+    names = {old: new for old, new in renamed.items() if new is not None}  # what is left behind is not read
     with replacing(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for done, (name, tensor) in enumerate(checkpoint.shards.stream(names), 1):
-            renamed = _renamed(name, places, experts)
-            if renamed is not None:
-                writer.add(renamed, _kept(name, tensor, keep))
+            writer.add(names[name], _kept(name, tensor, keep))
             progress(done / len(names))
         writer.close()
         raw = config.to_dict()
