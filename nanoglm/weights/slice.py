@@ -74,7 +74,7 @@ def slice_checkpoint(
     )
     keep, ignored = torch.tensor(experts), set(checkpoint.report.ignored)
     renamed = {name: _renamed(name, places, experts) for name in checkpoint.shards.shapes if name not in ignored}
-    names = {old: new for old, new in renamed.items() if new is not None}  # what is left behind is not read
+    names = {name: new for name, new in renamed.items() if new is not None}  # what is left behind is not read
     with replacing(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for done, (name, tensor) in enumerate(checkpoint.shards.stream(names), 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from weights.sparse import sparse_checkpoint
 
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
@@ -48,20 +48,6 @@ def test_some_layers_the_others_on_meta(tmp_path: Path, model: GLM) -> None:
         assert absent or torch.equal(value, model.state_dict()[name])
 
 
-def sparse_file(path: Path, tensors: dict[str, list[int]]) -> int:
-    """A safetensors file of bf16 zeros that takes no room on disk. Returns the bytes of its data."""
-    header, end = {}, 0
-    for name, shape in tensors.items():
-        begin, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        file.truncate(8 + len(raw) + end)
-    return end
-
-
 def test_a_checkpoint_four_times_the_memory_loads_layer_by_layer(tmp_path: Path) -> None:
     """Three shards, 1.9 GB; the process may hold 450 MB."""
     config = GLMConfig.preset("tiny").replace(
@@ -70,18 +56,9 @@ def test_a_checkpoint_four_times_the_memory_loads_layer_by_layer(tmp_path: Path)
         num_nextn_predict_layers=0, vocab_size=4096,
     )  # fmt: skip
     with torch.device("meta"):
-        tensors = {n: list(t.shape) for n, t in checkpoint_tensors(GLM(config)).items()}
-    names = list(tensors)
-    total, weight_map = 0, {}
-    for shard in range(3):
-        held = names[shard * len(names) // 3 : (shard + 1) * len(names) // 3]
-        file = f"model-{shard + 1:05d}-of-00003.safetensors"
-        total += sparse_file(tmp_path / file, {n: tensors[n] for n in held})
-        weight_map |= dict.fromkeys(held, file)
+        tensors = {n: ("BF16", tuple(t.shape)) for n, t in checkpoint_tensors(GLM(config)).items()}
+    total = sparse_checkpoint(tmp_path, config, tensors, 3)
     assert total >= 4 * LIMIT
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     script = textwrap.dedent(f"""
         import resource, sys, torch
         from nanoglm.weights import Checkpoint
