@@ -101,10 +101,11 @@ def verify(*, faults: bool = True, progress: Callable[[str, float], None] = lamb
         if not faults:
             receipt.not_run.append("the planted faults: left out on request")
             return receipt
+        comparisons = {row.name for _, row in receipt.rows}  # a refusal under a fault is none
         for i, fault in enumerate(FAULTS):
             progress(f"fault: {fault.name}", 0.1 + 0.9 * i / len(FAULTS))
             with fault.planted():
-                red = [row.name for row in oracle.rows() if not row.ok]
+                red = [row.name for row in oracle.rows() if not row.ok and row.name in comparisons]
             receipt.faults.append(Caught(fault.name, fault.trap, red))
     return receipt
 
