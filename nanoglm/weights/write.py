@@ -158,8 +158,8 @@ def replacing(directory: str | Path) -> Iterator[Path]:
     """A new folder that takes the place of ``directory`` when the block ends well, and is gone if not.
 
     Files of the old directory that are no part of a checkpoint move over (as hard links where they can).
-    On Linux the two folders are exchanged in one step. Where the system cannot, files are replaced one by
-    one. A process killed inside the block leaves its hidden folder ``.NAME.*`` behind, nothing else.
+    On Linux the two folders are exchanged in one step. Where the system cannot, or where the directory is the
+    current one, files are replaced one by one. A process killed inside the block leaves its hidden folder ``.NAME.*`` behind, nothing else.
 
     Raises:
         InputError: the directory cannot be written.
@@ -178,7 +178,8 @@ def replacing(directory: str | Path) -> Iterator[Path]:
         if directory.exists():
             _keep_others(directory, staging)
             staging.chmod(directory.stat().st_mode)
-            if not _exchange(staging, directory):
+            # Whoever stands in the directory, a shell most likely, would be left in the old one.
+            if Path.cwd().is_relative_to(directory) or not _exchange(staging, directory):
                 _replace_files(staging, directory)
         else:
             staging.chmod(mode | (mode & 0o444) >> 2)  # who may read files may enter their folder

@@ -495,6 +495,37 @@ def test_overwriting_leaves_no_stale_shards(tmp_path: Path, model: GLM, first: i
     same(model, Checkpoint(tmp_path / "x").load()[0])
 
 
+def test_the_current_directory_stays_the_current_directory(
+    tmp_path: Path, model: GLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exchanged, it would leave the shell that stands in it in a folder that is gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    save(build(seed=5), ".", shard_bytes=SHARD)
+    save(model, ".", dtype=torch.float32)
+    assert sorted(os.listdir(".")) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(os.listdir(".")) == sorted(p.name for p in tmp_path.iterdir())
+    same(model, Checkpoint(".").load()[0])
+
+
+def test_without_an_exchange_files_are_replaced(tmp_path: Path, model: GLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_exchange", lambda a, b: False)
+    save(build(seed=5), tmp_path / "x", shard_bytes=SHARD)
+    (tmp_path / "x" / "sub").mkdir()
+    (tmp_path / "x" / "sub" / "notes.txt").write_text("mine")
+    save(model, tmp_path / "x", dtype=torch.float32)
+    assert sorted(os.listdir(tmp_path / "x")) == ["config.json", "model.safetensors", "sub"]
+    assert (tmp_path / "x" / "sub" / "notes.txt").read_text() == "mine" and os.listdir(tmp_path) == ["x"]
+    same(model, Checkpoint(tmp_path / "x").load()[0])
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path: Path, model: GLM) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+
+
 def test_targets_that_cannot_be(tmp_path: Path, model: GLM) -> None:
     (tmp_path / "file").write_text("mine")
     for target in (tmp_path / "file", tmp_path / "file" / "below"):
