@@ -159,7 +159,8 @@ def replacing(directory: str | Path) -> Iterator[Path]:
 
     Files of the old directory that are no part of a checkpoint move over (as hard links where they can).
     On Linux the two folders are exchanged in one step. Where the system cannot, or where the directory is the
-    current one, files are replaced one by one. A process killed inside the block leaves its hidden folder ``.NAME.*`` behind, nothing else.
+    current one, files are replaced one by one. A process killed inside the block leaves its hidden folder
+    ``.NAME.*`` behind, nothing else.
 
     Raises:
         InputError: the directory cannot be written.
