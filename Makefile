@@ -47,11 +47,14 @@ $(TORCH): constraints.txt
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@touch $@
 
-$(CORE): pyproject.toml $(TORCH)
+# The C++ kernels are built on installation where there is a compiler; `nanoglm doctor` tells.
+KERNELS := setup.py $(wildcard csrc/*)
+
+$(CORE): pyproject.toml $(KERNELS) $(TORCH)
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(DEV): pyproject.toml $(TORCH)
+$(DEV): pyproject.toml $(KERNELS) $(TORCH)
 	@echo "Installing what tests and checks need ..."
 	@$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $(CORE) $@

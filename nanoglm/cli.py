@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,7 +25,7 @@ from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
-from nanoglm.ops import count_work
+from nanoglm.ops import count_work, cpu
 from nanoglm.verify import Receipt, verify
 from nanoglm.weights import inspect as inspection
 from nanoglm.weights.slice import slice_checkpoint
@@ -261,6 +262,24 @@ def _print_receipt(receipt: Receipt) -> None:
     )
 
 
+def doctor() -> None:
+    """Which kernels are in use on this machine, and why."""
+    best = cpu.best()
+    lines = [
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("processor", f"{platform.machine()}, torch sees {torch.backends.cpu.get_cpu_capability()}"),
+        (
+            "cpu ops",
+            f"C++ kernels, {best.name}" if best else "PyTorch, no C++ kernels: slower, the same within rounding",
+        ),
+    ]
+    for name in cpu.SETS:
+        found = cpu.library(name)
+        lines.append(("", found if isinstance(found, str) else f"{name}: runs here"))
+    lines.append(("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"))
+    _print_lines(lines)
+
+
 def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
     """Train a preset on text, byte by byte: dense, indexer warm-up, sparse.
 
@@ -284,6 +303,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "slice": slice_,
     "plan": plan,
     "verify": verify_,
+    "doctor": doctor,
     "train": train,
 }
 

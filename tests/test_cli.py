@@ -22,6 +22,7 @@ from nanoglm.cli import main
 from nanoglm.config import GLMConfig
 from nanoglm.eval.perplexity import evaluate
 from nanoglm.model import GLM
+from nanoglm.ops import cpu
 from nanoglm.weights import Checkpoint, save
 
 TEXT = "She said — quite softly — that the evening was dark, and that nobody in the café had seen it.\n"
@@ -176,6 +177,15 @@ def test_inspect_a_checkpoint(tmp_path: Path, checkpoint: str, capsys: pytest.Ca
     assert shown["parameters"] == "314,840 (no MTP layer)"
     assert shown["ignored"] == "5 indexer tensors on Shared layers"
     assert shown["values by dtype"].startswith("BF16 ")
+
+
+def test_doctor_tells_which_kernels_run(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    out = capsys.readouterr().out
+    best = cpu.best()
+    assert (f"C++ kernels, {best.name}" if best else "PyTorch: slower") in out
+    for name in cpu.SETS:
+        assert re.search(rf"^ +{name}: .+$", out, re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------- eval and train

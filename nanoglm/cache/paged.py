@@ -1,8 +1,9 @@
 """The paged latent cache: what a request remembers.
 
 A page names 64 logical tokens in every layer: one page id, one table per request. Storage is one
-tensor per kind and layer, ``[pages, 64, dim]``: latent, rope and, on Full layers and the MTP layer,
-index keys. Selections hold logical positions; only ops translate them to pages.
+tensor per kind and layer: latent and rope ``[pages, 64, dim]``, and on Full layers and the MTP layer
+index keys, ``[pages, ...]`` in a layout that only ops know. Selections hold logical positions; only ops
+translate them to pages.
 
 A request's length decides what is visible. Rolling back n tokens shortens it and frees whole pages;
 what the abandoned tokens left behind is never read and is overwritten when the positions return.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
-from nanoglm.ops import Batch, cache_append
+from nanoglm.ops import Batch, cache_append, index_append, index_pool
 
 PAGE = 64
 
@@ -39,7 +40,9 @@ class PagedCache:
         layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
         self._latent = [pool(config.kv_lora_rank) for _ in layers]
         self._rope = [pool(config.qk_rope_head_dim) for _ in layers]
-        self._index_keys = {i: pool(config.index_head_dim) for i in layers if config.has_indexer(i)}
+        self._index_keys = {
+            i: index_pool(pages, PAGE, config.index_head_dim, dtype, device) for i in layers if config.has_indexer(i)
+        }
         self._device = device
         self._free = list(range(pages - 1, -1, -1))
         self._tables: dict[int, list[int]] = {}
@@ -104,7 +107,7 @@ class PagedCache:
     def bytes_per_token(self) -> int:
         """Bytes one token takes in all layers, the MTP layer's included."""
         pools = [*self._latent, *self._rope, *self._index_keys.values()]
-        return sum(pool.shape[-1] * pool.element_size() for pool in pools)
+        return sum(pool.nbytes // (pool.shape[0] * PAGE) for pool in pools)
 
     # ---------------------------------------------------------------- the model's Store
     def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
@@ -115,7 +118,7 @@ class PagedCache:
         return self._latent[layer].flatten(0, 1), self._rope[layer].flatten(0, 1)
 
     def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
-        cache_append(self._index_keys[layer], keys_TI, batch.slots)
+        index_append(self._index_keys[layer], keys_TI, batch.slots)
 
     def index_keys(self, layer: int) -> Tensor:
-        return self._index_keys[layer].flatten(0, 1)
+        return self._index_keys[layer]

@@ -27,7 +27,7 @@ class Store(Protocol):
         """Keeps this batch's index keys, after norm and RoPE (Full layers only)."""
 
     def index_keys(self, layer: int) -> Tensor:
-        """All storage rows of a Full layer's index keys, [N, I]."""
+        """All storage rows of a Full layer's index keys, [N, I] or a pool of ``ops.index_pool``."""
         ...
 
 

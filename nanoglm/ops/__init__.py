@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoglm.ops import torch_tiled
+from nanoglm.ops import cpu, torch_tiled
 from nanoglm.ops.batch import Batch
 from nanoglm.ops.torch_tiled import dense_attention, headwise, linear, sigmoid, silu, top
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
-    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "headwise", "linear",
-    "select", "sigmoid", "silu", "sparse_attention", "top",
+    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "headwise", "index_append",
+    "index_pool", "linear", "select", "sigmoid", "silu", "sparse_attention", "top",
 ]  # fmt: skip
 
 
@@ -33,7 +33,10 @@ def _select(
     q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int,
     borders: Sequence[int], lengths: Sequence[int], k: int,
 ) -> Tensor:  # fmt: skip
-    return torch_tiled.select(q, weights, keys, table, page_size, borders, lengths, k)
+    return torch_tiled.select(q, weights, keys.flatten(0, -2), table, page_size, borders, lengths, k)
+
+
+_select.register_kernel("cpu")(cpu.select)
 
 
 @_select.register_fake
@@ -49,7 +52,7 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int) -> Te
 
     Args:
         q: [T, J, I] indexer queries after RoPE. weights: fp32 [T, J], scales folded in.
-        keys: [N, I] index keys in storage rows, this batch's own already written.
+        keys: [N, I] index keys in storage rows, or a pool of :func:`index_pool`; this batch's own are written.
         k: width of the Selection (``index_topk``), whatever the length.
 
     Returns:
@@ -66,6 +69,9 @@ def _sparse_attention(
     table: Tensor, page_size: int, scale: float,
 ) -> Tensor:  # fmt: skip
     return torch_tiled.sparse_attention(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+
+
+_sparse_attention.register_kernel("cpu")(cpu.sparse_attention)
 
 
 @_sparse_attention.register_fake
@@ -168,4 +174,27 @@ def cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
 
 @cache_append.register_fake
 def _(pool: Tensor, values: Tensor, slots: Tensor) -> None:
+    return None
+
+
+def index_pool(
+    pages: int, page_size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Room for index keys [pages, ...] in the layout that scoring reads fastest there; only ops know it."""
+    if torch.device(device).type == "cpu" and cpu.packs(page_size, dtype):
+        return cpu.packed_pool(pages, dim, dtype)
+    return torch.zeros(pages, page_size, dim, dtype=dtype, device=device)
+
+
+@torch.library.custom_op("nanoglm::index_append", mutates_args=("pool",))
+def index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+    """Writes index keys [T, I] into a pool of :func:`index_pool` at storage rows slots int64 [T]."""
+    if pool.ndim == 3:
+        pool.flatten(0, 1).index_copy_(0, slots, keys.to(pool.dtype))
+    else:
+        cpu.append_packed(pool, keys.to(pool.dtype), slots)
+
+
+@index_append.register_fake
+def _(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     return None

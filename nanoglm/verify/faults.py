@@ -19,7 +19,7 @@ from torch import Tensor
 from nanoglm import config, ops
 from nanoglm.cache import PagedCache
 from nanoglm.model import glm, indexer, layers, mla, moe, mtp
-from nanoglm.ops import torch_tiled
+from nanoglm.ops import cpu, torch_tiled
 from nanoglm.weights import fp8, names
 
 
@@ -162,7 +162,9 @@ def _self_excluded(
     return torch.cat(out)
 
 
-_plant("indexer without ReLU", "8.6", (torch_tiled, "_best_keys", _no_relu))
+# These three lie inside scoring: they are planted into the PyTorch backend, which then runs.
+_torch_backend = (cpu, "best", lambda: None)
+_plant("indexer without ReLU", "8.6", _torch_backend, (torch_tiled, "_best_keys", _no_relu))
 _plant("k_norm as RMSNorm", "8.2", (layers.LayerNorm, "forward", _rms))
 _plant("k_norm without its bias", "8.2", (layers.LayerNorm, "forward", _no_bias))
 _plant("k_norm with eps 1e-5", "8.2", (layers.LayerNorm, "forward", _eps_1e_5))
@@ -171,8 +173,8 @@ _plant("softmax over head weights", "2.6", (indexer.Indexer, "forward", _inputs(
 _plant("head weights in bf16", "2.6", (indexer.Indexer, "forward", _inputs(_bf16_weights)))
 _plant("indexer heads sharded, not summed", "8.18", (indexer.Indexer, "forward", _inputs(_half_of_the_heads)))
 _plant("indexer reads the un-normed query latent", "2.6", (mla.MLA, "_select", _raw_query_latent))
-_plant("newest key written after scoring", "2.6", (torch_tiled, "select", _late_key))
-_plant("self not selectable", "2.6", (torch_tiled, "select", _self_excluded))
+_plant("newest key written after scoring", "2.6", _torch_backend, (torch_tiled, "select", _late_key))
+_plant("self not selectable", "2.6", _torch_backend, (torch_tiled, "select", _self_excluded))
 
 
 # ------------------------------------------------------------------------------- sharing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from nanoglm.api import Model
 from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM, BatchStore
-from nanoglm.ops import Batch, reference
+from nanoglm.ops import Batch, cpu, reference
 from nanoglm.verify.rows import LIMIT, Row, differing, error
 from nanoglm.weights import Checkpoint, checkpoint_tensors, fp8, save
 from nanoglm.weights.write import Layout
@@ -28,8 +29,13 @@ def rows() -> Iterator[Row]:
     config = GLMConfig.preset("tiny").replace(initializer_range=0.2)
     for dtype in (torch.float32, torch.bfloat16):
         yield from _forms(GLM(config).initialise(1).eval().to(dtype), str(dtype).removeprefix("torch."))
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        yield from _ops(device)
+    for name in ("torch", *cpu.SETS):
+        library = None if name == "torch" else cpu.library(name)
+        if not isinstance(library, str):
+            with patch.object(cpu, "best", lambda chosen=library: chosen):
+                yield from _ops(f"cpu {name}", "cpu")
+    if torch.cuda.is_available():
+        yield from _ops("cuda", "cuda")
     yield from _files(GLM(config).initialise(2))
 
 
@@ -71,8 +77,8 @@ def _paged(model: GLM, ids: Tensor, chunks: Sequence[int]) -> Tensor:
     )
 
 
-def _ops(device: str) -> Iterator[Row]:
-    """Each op as this device runs it against ``ops.reference``."""
+def _ops(name: str, device: str) -> Iterator[Row]:
+    """Each op of one backend against ``ops.reference``."""
     generator = torch.Generator().manual_seed(5)
 
     def draw(*shape: int) -> Tensor:
@@ -87,14 +93,14 @@ def _ops(device: str) -> Iterator[Row]:
     there = Batch.contiguous(counts, device)
     chosen = reference.select(q, weights, keys, batch, k)
     found = ops.select(q.to(device), weights.to(device), keys.to(device), there, k).cpu()
-    yield Row(f"op select on {device}: rows unlike the reference", int((found != chosen).any(-1).sum()), 0)
+    yield Row(f"op select on {name}: rows unlike the reference", int((found != chosen).any(-1).sum()), 0)
     wanted = reference.sparse_attention(q_latent, q_rope, latent, rope, chosen, batch, 0.2)
     a, b, c, d, e = (t.to(device) for t in (q_latent, q_rope, latent, rope, chosen))
     attended = ops.sparse_attention(a, b, c, d, e, there, 0.2).cpu()
-    yield Row(f"op sparse_attention on {device}", error(attended, wanted), LIMIT)
+    yield Row(f"op sparse_attention on {name}", error(attended, wanted), LIMIT)
     wanted = reference.experts(x, ids, routing, gate_up, down)
     a, b, c, d, e = (t.to(device) for t in (x, ids, routing, gate_up, down))
-    yield Row(f"op experts on {device}", error(ops.experts(a, b, c, d, e).cpu(), wanted), LIMIT)
+    yield Row(f"op experts on {name}", error(ops.experts(a, b, c, d, e).cpu(), wanted), LIMIT)
 
 
 def _files(model: GLM) -> Iterator[Row]:

@@ -1,0 +1,56 @@
+// What all kernels share: vectors of the widest kind this translation unit may use, bf16, the exported names.
+//
+// Every source is compiled once per instruction set (-DNANOGLM_ISA=...). fp32 arithmetic is written once, in
+// gcc's vector extensions, which serve AVX-512, AVX2, SSE2 and aarch64 alike; only bf16 dot products and
+// compress-stores have intrinsics of their own, where the machine has them.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <algorithm>
+#include <cmath>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef float vf_u __attribute__((vector_size(LANES * 4), aligned(4)));  // unaligned loads and stores
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+
+constexpr int GROUP = 16;           // keys side by side in a packed index key
+constexpr int BLOCK = 64;           // keys of one page, scored together
+constexpr int PARTS = GROUP / LANES;  // vectors that hold one group
+
+static inline vf load(const float* p) { return *(const vf_u*)p; }
+static inline void store(float* p, vf x) { *(vf_u*)p = x; }
+static inline vf splat(float x) { return x - vf{}; }
+static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+static inline float widen(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+static inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class T> struct Aligned {  // 64-byte aligned scratch
+  T* data;
+  explicit Aligned(size_t n) : data((T*)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}
+  ~Aligned() { free(data); }
+  Aligned(const Aligned&) = delete;
+};

@@ -1,0 +1,361 @@
+// Lightning indexer: scores fused with ReLU, head weights and a streaming top-k (architecture spec 2.6).
+//
+// I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s]); each row keeps its k best under the total rule: higher score
+// first, -0.0 = +0.0, then lower position. Keys are packed in groups of 16: fp32 [group][dim][16], bf16
+// [group][dim / 2][16][2]. A pair's score is one chain of sums over dims, then over heads: it does not depend
+// on tile, block or thread. Keys come in ascending position, so only scores *above* the k-th best so far enter.
+#include "common.h"
+
+namespace {
+constexpr int TILE = 32;  // queries that share a pass over the keys
+
+// ------------------------------------------------------------------------- top-k
+inline int32_t order(float f) {
+  int32_t i;
+  memcpy(&i, &f, 4);
+  return i < 0 ? i ^ 0x7fffffff : i;
+}
+inline float unorder(int32_t i) {
+  i = i < 0 ? i ^ 0x7fffffff : i;
+  float f;
+  memcpy(&f, &i, 4);
+  return f;
+}
+
+int count_at_least(const float* s, int n, float t) {
+  int count = 0;
+#ifdef __AVX512F__
+  __m512 v = _mm512_set1_ps(t);
+  int i = 0;
+  for (; i + 16 <= n; i += 16) count += __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(s + i), v, _CMP_GE_OQ));
+  for (; i < n; i++) count += s[i] >= t;
+#else
+  for (int i = 0; i < n; i++) count += s[i] >= t;
+#endif
+  return count;
+}
+
+void range(const float* s, int n, float& low, float& high) {
+  low = INFINITY, high = -INFINITY;
+  int i = 0;
+  vf lowest = splat(INFINITY), highest = splat(-INFINITY);
+  for (; i + LANES <= n; i += LANES) {
+    vf x = load(s + i);
+    lowest = x < lowest ? x : lowest;
+    highest = vmax(highest, x);
+  }
+  for (int l = 0; l < LANES; l++) low = std::min(low, lowest[l]), high = std::max(high, highest[l]);
+  for (; i < n; i++) low = std::min(low, s[i]), high = std::max(high, s[i]);
+}
+
+struct Candidates {
+  float* score;
+  int32_t* at;
+  int count = 0;
+  float threshold = -INFINITY;  // at least k candidates are no worse
+};
+
+// Keeps the k best, or up to k + slack of the best: cheaper, and still a superset. Candidates lie in ascending
+// position, so of equal scores the first ones are kept.
+void keep_best(Candidates& c, int k, int slack) {
+  int n = c.count;
+  if (n <= k) return;
+  float least, most;
+  range(c.score, n, least, most);
+  // Among the floats in their order (as integers): count(>= low) >= k, count(>= high) < k. Interpolation first,
+  // then halves of the value, at last halves of the order, which always ends.
+  int64_t low = order(least), high = (int64_t)order(most) + 1;
+  int at_low = n, at_high = 0;
+  for (int step = 0; at_low > k + slack && high - low > 1; step++) {
+    float a = unorder((int32_t)low), b = high > order(INFINITY) ? INFINITY : unorder((int32_t)high);
+    float guess = step < 4 ? a + (b - a) * ((float)(at_low - k - slack / 2) / (float)(at_low - at_high)) : a * .5f + b * .5f;
+    int64_t middle = step < 24 && std::isfinite(guess) ? order(guess) : (low + high) >> 1;
+    if (middle <= low || middle >= high) middle = (low + high) >> 1;
+    int found = count_at_least(c.score, n, unorder((int32_t)middle));
+    if (found >= k) low = middle, at_low = found;
+    else high = middle, at_high = found;
+  }
+  if (low == -1) low = 0;  // -0.0 is +0.0
+  float threshold = unorder((int32_t)low);
+  int equal = n;  // how many scores equal to the threshold stay
+  if (at_low > k + slack) equal = k - (low == order(INFINITY) ? 0 : count_at_least(c.score, n, unorder((int32_t)low + 1)));
+  int kept = 0;
+#ifdef __AVX512F__
+  __m512 t = _mm512_set1_ps(threshold);
+  for (int i = 0; i < n; i += 16) {  // reads, and compress-stores, up to 15 places beyond
+    __mmask16 there = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
+    __m512 s = _mm512_loadu_ps(c.score + i);
+    __m512i at = _mm512_loadu_si512(c.at + i);
+    __mmask16 keep = _mm512_mask_cmp_ps_mask(there, s, t, _CMP_GT_OQ), same = _mm512_mask_cmp_ps_mask(there, s, t, _CMP_EQ_OQ);
+    int ties = __builtin_popcount(same);
+    if (ties > equal) same = (__mmask16)_pdep_u32((1u << equal) - 1, same), ties = equal;
+    equal -= ties;
+    keep |= same;
+    _mm512_storeu_ps(c.score + kept, _mm512_maskz_compress_ps(keep, s));
+    _mm512_storeu_si512(c.at + kept, _mm512_maskz_compress_epi32(keep, at));
+    kept += __builtin_popcount(keep);
+  }
+#else
+  for (int i = 0; i < n; i++) {
+    float s = c.score[i];
+    bool same = s == threshold && equal > 0;
+    equal -= same;
+    c.score[kept] = s;
+    c.at[kept] = c.at[i];
+    kept += s > threshold || same;
+  }
+#endif
+  c.count = kept;
+  c.threshold = threshold;
+}
+
+// ------------------------------------------------------------------------- scores
+// One block of 64 keys for one query, fp32: HEADS heads at a time over PACKS groups of 16 keys.
+template <int PACKS, int HEADS>
+inline void score_f32(const float* keys, const float* q, const float* w, int heads, int dim, vf* sum) {
+  for (int h = 0; h < heads; h += HEADS) {
+    vf dot[HEADS][PACKS * PARTS];
+#pragma GCC unroll 16
+    for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 16
+      for (int v = 0; v < PACKS * PARTS; v++) dot[g][v] = vf{};
+    for (int d = 0; d < dim; d++) {
+      vf key[PACKS * PARTS];
+#pragma GCC unroll 16
+      for (int v = 0; v < PACKS * PARTS; v++) key[v] = load(keys + (int64_t)(v / PARTS) * dim * GROUP + d * GROUP + v % PARTS * LANES);
+#pragma GCC unroll 16
+      for (int g = 0; g < HEADS; g++) {
+        vf b = splat(q[(h + g) * dim + d]);
+#pragma GCC unroll 16
+        for (int v = 0; v < PACKS * PARTS; v++) dot[g][v] += key[v] * b;
+      }
+    }
+#pragma GCC unroll 16
+    for (int g = 0; g < HEADS; g++) {
+      vf weight = splat(w[h + g]);
+#pragma GCC unroll 16
+      for (int v = 0; v < PACKS * PARTS; v++) sum[v] += weight * vmax(dot[g][v], vf{});
+    }
+  }
+}
+
+void block_f32(const float* keys, const float* q, const float* w, int heads, int dim, float* out) {
+  constexpr int PACKS = LANES == 16 ? 4 : 1, WIDE = LANES == 4 ? 2 : 4;
+  for (int p = 0; p < BLOCK / GROUP; p += PACKS) {
+    vf sum[PACKS * PARTS] = {};
+    const float* k = keys + (int64_t)p * dim * GROUP;
+    int whole = heads / WIDE * WIDE;
+    score_f32<PACKS, WIDE>(k, q, w, whole, dim, sum);
+    score_f32<PACKS, 1>(k, q + whole * dim, w + whole, heads - whole, dim, sum);
+    for (int v = 0; v < PACKS * PARTS; v++) store(out + p * GROUP + v * LANES, sum[v]);
+  }
+}
+
+#ifdef __AVX512BF16__
+template <int HEADS>
+inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, __m512* sum) {
+  for (int h = 0; h < heads; h += HEADS) {
+    __m512 dot[HEADS][4];
+#pragma GCC unroll 8
+    for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) dot[g][v] = _mm512_setzero_ps();
+    for (int d = 0; d < pairs; d++) {
+      __m512i key[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) key[v] = _mm512_loadu_si512(keys + (v * pairs + d) * GROUP);
+#pragma GCC unroll 8
+      for (int g = 0; g < HEADS; g++) {
+        __m512i b = _mm512_set1_epi32((int)q[(h + g) * pairs + d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) dot[g][v] = _mm512_dpbf16_ps(dot[g][v], (__m512bh)key[v], (__m512bh)b);
+      }
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < HEADS; g++) {
+      __m512 weight = _mm512_set1_ps(w[h + g]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) sum[v] = _mm512_fmadd_ps(weight, _mm512_max_ps(dot[g][v], _mm512_setzero_ps()), sum[v]);
+    }
+  }
+}
+
+void block_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, float* out) {
+  __m512 sum[4];
+  for (int v = 0; v < 4; v++) sum[v] = _mm512_setzero_ps();
+  int whole = heads / 4 * 4;
+  score_bf16<4>(keys, q, w, whole, pairs, sum);
+  score_bf16<1>(keys, q + whole * pairs, w + whole, heads - whole, pairs, sum);
+  for (int v = 0; v < 4; v++) _mm512_storeu_ps(out + v * GROUP, sum[v]);
+}
+#endif
+
+// The survivors of a block of scores: those above the threshold among the first `visible`.
+inline void push(Candidates& c, const float* scores, int visible, int base) {
+#ifdef __AVX512F__
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 t = _mm512_set1_ps(c.threshold), s[4];
+  __mmask16 m[4];
+  unsigned any = 0;
+  for (int v = 0; v < 4; v++) s[v] = _mm512_loadu_ps(scores + v * 16), any |= m[v] = _mm512_cmp_ps_mask(s[v], t, _CMP_GT_OQ);
+  if (!any) return;
+  for (int v = 0; v < 4; v++) {
+    int left = visible - v * 16;
+    m[v] &= left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+    _mm512_storeu_ps(c.score + c.count, _mm512_maskz_compress_ps(m[v], s[v]));
+    _mm512_storeu_si512(c.at + c.count, _mm512_maskz_compress_epi32(m[v], _mm512_add_epi32(_mm512_set1_epi32(base + v * 16), iota)));
+    c.count += __builtin_popcount(m[v]);
+  }
+#else
+  for (int j = 0; j < visible; j++) {
+    c.score[c.count] = scores[j];
+    c.at[c.count] = base + j;
+    c.count += scores[j] > c.threshold;
+  }
+#endif
+}
+
+struct Problem {
+  int bf16;
+  const void* q;  // [T, heads, dim]; dim is even for bf16
+  const float* weights;
+  const void* keys;  // packed, block b of request r at page table[r * columns + b]
+  const int32_t* table;
+  int64_t columns;
+  int heads, dim, k;
+  int32_t* out;
+};
+
+// Rows first..first + rows of a request, the first at logical position `at`; keys of blocks [from, to).
+void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at, int64_t from, int64_t to, Candidates* c, int capacity,
+          [[maybe_unused]] const float* wide_q, [[maybe_unused]] float* wide_keys) {
+  alignas(64) float scores[BLOCK];
+  int64_t row = (int64_t)p.heads * p.dim;
+  for (int64_t b = from; b < to; b++) {
+    int64_t page = p.table[request * p.columns + b];
+    const float* keys = (const float*)p.keys + page * BLOCK * p.dim;
+    const uint32_t* pairs = (const uint32_t*)p.keys + page * BLOCK * (p.dim / 2);
+#ifndef __AVX512BF16__
+    if (p.bf16) {  // widened once for all queries of the tile
+      for (int g = 0; g < BLOCK / GROUP; g++)
+        for (int d = 0; d < p.dim / 2; d++)
+          for (int l = 0; l < GROUP; l++) {
+            uint32_t x = pairs[(g * (p.dim / 2) + d) * GROUP + l];
+            wide_keys[(g * p.dim + 2 * d) * GROUP + l] = widen((uint16_t)x);
+            wide_keys[(g * p.dim + 2 * d + 1) * GROUP + l] = widen((uint16_t)(x >> 16));
+          }
+      keys = wide_keys;
+    }
+#endif
+    for (int i = 0; i < rows; i++) {
+      int64_t visible = at + i + 1 - b * BLOCK;
+      if (visible <= 0) continue;
+      const float* w = p.weights + (first + i) * p.heads;
+#ifdef __AVX512BF16__
+      if (p.bf16) block_bf16(pairs, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, scores);
+      else block_f32(keys, (const float*)p.q + (first + i) * row, w, p.heads, p.dim, scores);
+#else
+      block_f32(keys, p.bf16 ? wide_q + i * row : (const float*)p.q + (first + i) * row, w, p.heads, p.dim, scores);
+#endif
+      push(c[i], scores, (int)std::min<int64_t>(visible, BLOCK), (int)(b * BLOCK));
+      if (c[i].count > capacity - BLOCK) keep_best(c[i], p.k, p.k / 8);
+    }
+  }
+}
+
+void finish(const Problem& p, Candidates& c, int64_t row) {
+  keep_best(c, p.k, 0);
+  int32_t* out = p.out + row * p.k;
+  memcpy(out, c.at, (size_t)c.count * 4);
+  for (int i = c.count; i < p.k; i++) out[i] = -1;
+}
+
+struct Scratch {  // of one thread
+  int capacity;
+  std::vector<float> score;
+  std::vector<int32_t> at;
+  std::vector<float> wide_q;
+  Aligned<float> wide_keys;
+  Candidates c[TILE];
+  explicit Scratch(const Problem& p)
+      : capacity(p.k + std::max(p.k, 1024) + p.k / 8 + 2 * BLOCK), score((size_t)TILE * (capacity + 2 * GROUP)),
+        at((size_t)TILE * (capacity + 2 * GROUP)), wide_keys((size_t)BLOCK * p.dim) {}
+  void begin([[maybe_unused]] const Problem& p, [[maybe_unused]] int64_t first, int rows) {
+    for (int i = 0; i < rows; i++) {
+      c[i] = Candidates{};
+      c[i].score = score.data() + (size_t)i * (capacity + 2 * GROUP);
+      c[i].at = at.data() + (size_t)i * (capacity + 2 * GROUP);
+    }
+#ifndef __AVX512BF16__
+    if (p.bf16) {
+      int64_t row = (int64_t)p.heads * p.dim;
+      wide_q.resize((size_t)(rows * row));
+      for (int64_t i = 0; i < rows * row; i++) wide_q[(size_t)i] = widen(((const uint16_t*)p.q)[first * row + i]);
+    }
+#endif
+  }
+};
+}  // namespace
+
+// borders: requests + 1 row numbers. lengths: tokens of each request, its rows being the last ones.
+// out int32 [rows, k]: positions ascending, then -1.
+EXPORT void nanoglm_select(int bf16, const void* q, const float* weights, const void* keys, const int32_t* table, int64_t columns,
+                           const int64_t* borders, const int64_t* lengths, int64_t requests, int heads, int dim, int k, int32_t* out,
+                           int threads) {
+  Problem p{bf16, q, weights, keys, table, columns, heads, dim, k, out};
+  struct Item { int64_t request, first, at; int rows; };
+  std::vector<Item> items;
+  for (int64_t r = 0; r < requests; r++)
+    for (int64_t first = borders[r]; first < borders[r + 1]; first += TILE)
+      items.push_back({r, first, lengths[r] - (borders[r + 1] - first), (int)std::min<int64_t>(TILE, borders[r + 1] - first)});
+  if ((int64_t)items.size() >= threads || threads == 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      Scratch s(p);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t n = (int64_t)items.size() - 1; n >= 0; n--) {  // the longest first
+        const Item& it = items[(size_t)n];
+        s.begin(p, it.first, it.rows);
+        pass(p, it.request, it.first, it.rows, it.at, 0, (it.at + it.rows + BLOCK - 1) / BLOCK, s.c, s.capacity, s.wide_q.data(), s.wide_keys.data);
+        for (int i = 0; i < it.rows; i++) finish(p, s.c[i], it.first + i);
+      }
+    }
+    return;
+  }
+  // Fewer tiles than threads (decoding): the keys are split, each part keeps its k best, parts merge in order.
+  for (const Item& it : items) {
+    int64_t blocks = (it.at + it.rows + BLOCK - 1) / BLOCK;
+    int parts = (int)std::min<int64_t>(threads, std::max<int64_t>(1, blocks / 16));
+    std::vector<std::vector<float>> score((size_t)parts * it.rows);
+    std::vector<std::vector<int32_t>> at((size_t)parts * it.rows);
+#pragma omp parallel num_threads(parts)
+    {
+      Scratch s(p);
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < parts; part++) {
+        s.begin(p, it.first, it.rows);
+        pass(p, it.request, it.first, it.rows, it.at, blocks * part / parts, blocks * (part + 1) / parts, s.c, s.capacity, s.wide_q.data(), s.wide_keys.data);
+        for (int i = 0; i < it.rows; i++) {
+          keep_best(s.c[i], k, 0);
+          score[(size_t)part * it.rows + i].assign(s.c[i].score, s.c[i].score + s.c[i].count);
+          at[(size_t)part * it.rows + i].assign(s.c[i].at, s.c[i].at + s.c[i].count);
+        }
+      }
+    }
+    std::vector<float> all((size_t)parts * k + GROUP);
+    std::vector<int32_t> where((size_t)parts * k + GROUP);
+    for (int i = 0; i < it.rows; i++) {
+      Candidates c;
+      c.score = all.data();
+      c.at = where.data();
+      for (int part = 0; part < parts; part++) {
+        const auto& s = score[(size_t)part * it.rows + i];
+        std::copy(s.begin(), s.end(), c.score + c.count);
+        const auto& a = at[(size_t)part * it.rows + i];
+        std::copy(a.begin(), a.end(), c.at + c.count);
+        c.count += (int)s.size();
+      }
+      finish(p, c, it.first + i);
+    }
+  }
+}

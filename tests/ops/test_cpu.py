@@ -1,0 +1,178 @@
+"""The C++ kernels equal the references on drawn cases, on every instruction set that was built and runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanoglm import ops
+from nanoglm.cache import PAGE
+from nanoglm.ops import Batch, count_work, cpu, reference, torch_tiled
+
+BUILT = [name for name in cpu.SETS if isinstance(cpu.library(name), cpu.Library)]
+pytestmark = pytest.mark.skipif(not BUILT, reason="no C++ kernels: there was no compiler at installation")
+drawn = settings(deadline=None, max_examples=200, derandomize=True)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(params=BUILT, scope="module")
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = cpu.library(request.param)
+    with patch.object(cpu, "best", lambda: library):
+        yield request.param
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Batch, int]:
+    """A contiguous or a paged ragged batch, and the number of storage rows it addresses."""
+    counts = draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
+    if draw(st.booleans()):
+        return Batch.contiguous(counts), sum(counts)
+    before = [draw(st.integers(0, 400)) for _ in counts]
+    lengths = [b + c for b, c in zip(before, counts, strict=True)]
+    wide = max(-(-n // PAGE) for n in lengths)
+    pages = torch.randperm(wide * len(counts) + 2)[: wide * len(counts)]  # shuffled, with holes
+    return Batch.build(counts, lengths, pages.view(len(counts), wide).int(), PAGE), (wide * len(counts) + 2) * PAGE
+
+
+def draw_keys(kind: str, rows: int, heads: int, dim: int, batch: Batch, storage: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, weights, keys of one nature of scores."""
+    q, weights, keys = torch.randn(rows, heads, dim), torch.randn(rows, heads), torch.randn(storage, dim)
+    if kind == "ties":  # small integers: sums are exact, many scores are equal, most of those zero
+        q, weights, keys = q.round(), weights.round(), keys.round()
+    if kind in ("equal", "rising"):
+        q, weights = q.abs().round() + 1, weights.abs().round() + 1
+        keys = torch.ones(storage, dim)
+    if kind == "rising":  # by logical position: each key beats all before it
+        for request, length in enumerate(batch.lengths):
+            at = torch.arange(length)
+            slots = ops.batch.storage_rows(at, torch.full_like(at, request), batch.table, batch.page_size)
+            keys[slots] = (at[:, None] + 1).float().expand(-1, dim) % 256  # exact in bf16
+    return q, weights, keys
+
+
+@drawn
+@given(
+    batches(), st.integers(1, 24), st.integers(1, 36), st.integers(1, 120), DTYPES,
+    st.sampled_from(["random", "ties", "equal", "rising"]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_select_equals_reference(isa: str, batch_rows, heads, dim, k, dtype, kind, packed, seed) -> None:
+    batch, storage = batch_rows
+    torch.manual_seed(seed)
+    q, weights, keys = draw_keys(kind, batch.borders[-1], heads, dim, batch, storage)
+    q, keys = q.to(dtype), keys.to(dtype)
+    given_keys: Tensor = keys
+    if packed and batch.page_size == PAGE:  # as the cache keeps them, garbage where nothing was written
+        given_keys = ops.index_pool(storage // PAGE, PAGE, dim, dtype)
+        assert given_keys.ndim > 3
+        given_keys.fill_(torch.nan)
+        for request, length in enumerate(batch.lengths):
+            at = torch.arange(length)
+            slots = ops.batch.storage_rows(at, torch.full_like(at, request), batch.table, PAGE)
+            ops.index_append(given_keys, keys[slots], slots)
+    found = ops.select(q, weights, given_keys, batch, k)
+    expected = reference.select(q, weights, keys, batch, k)
+    if kind != "random":
+        assert torch.equal(found, expected)
+        return
+    for row in (found != expected).any(-1).nonzero().flatten().tolist():
+        a, b = ({int(s) for s in chosen[row] if s >= 0} for chosen in (found, expected))
+        visible = reference._visible_rows(row, batch)
+        scores = weights[row] @ (q[row].float() @ keys[visible].float().T).relu()
+        gap = abs(min(scores[list(a - b)]) - min(scores[list(b - a)]))
+        assert len(a) == len(b) and gap < 1e-4 * scores.abs().max()
+
+
+@drawn
+@given(
+    batches(), st.integers(1, 9), st.integers(1, 80), st.integers(1, 24), st.integers(1, 200), DTYPES,
+    st.integers(0, 99),
+)  # fmt: skip
+def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k, dtype, seed) -> None:
+    batch, storage = batch_rows
+    torch.manual_seed(seed)
+    rows = batch.borders[-1]
+    tensors = [torch.randn(*s).to(dtype) for s in ((rows, heads, c), (rows, heads, r), (storage, c), (storage, r))]
+    chosen = torch.full((rows, k), -1, dtype=torch.int32)
+    for row, position in enumerate(batch.positions.tolist()):
+        some = torch.randperm(position + 1)[: torch.randint(1, k + 1, ())].sort().values
+        chosen[row, : len(some)] = some.int()
+    used = torch.zeros(storage, dtype=torch.bool)  # poison in what is not selected must not be read
+    slots = ops.batch.storage_rows(chosen.clamp(min=0).long(), batch.requests[:, None], batch.table, batch.page_size)
+    used[slots[chosen >= 0]] = True
+    poisoned = [*tensors[:2], *(t.masked_fill(~used[:, None], torch.nan) for t in tensors[2:])]
+    found = ops.sparse_attention(*poisoned, chosen, batch, 0.3).float()
+    expected = reference.sparse_attention(*(t.float() for t in tensors), chosen, batch, 0.3)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, dtype: torch.dtype, threads: int) -> None:
+    """One row alone (keys or heads split over threads) and among others (rows split)."""
+    torch.manual_seed(0)
+    count, heads, dim, k = 2500, 8, 16, 150
+    q, weights, keys = torch.randn(count, heads, dim).to(dtype), torch.randn(count, heads), torch.randn(count, dim)
+    keys = keys.to(dtype)
+    pool = ops.index_pool(-(-count // PAGE), PAGE, dim, dtype)
+    ops.index_append(pool, keys, torch.arange(count))
+    table = torch.arange(pool.shape[0]).int()[None]
+    latents = [torch.randn(*s).to(dtype) for s in ((count, heads, 40), (count, heads, 8), (count, 40), (count, 8))]
+    before = torch.get_num_threads()
+    whole = Batch.contiguous([count])
+    chosen = ops.select(q, weights, keys, whole, k)
+    attended = ops.sparse_attention(*latents, chosen, whole, 0.2)
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.select(q, weights, keys, whole, k), chosen)
+        assert torch.equal(ops.sparse_attention(*latents, chosen, whole, 0.2), attended)
+        for row in (0, 63, 64, 1111, count - 1):
+            one = slice(row, row + 1)
+            alone = Batch.build([1], [row + 1], table, PAGE)
+            assert torch.equal(ops.select(q[one], weights[one], pool, alone, k), chosen[one])
+            rest = (latents[2], latents[3], chosen[one], alone, 0.2)
+            assert torch.equal(ops.sparse_attention(latents[0][one], latents[1][one], *rest), attended[one])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_work_is_counted_alike(isa: str) -> None:
+    batch = Batch.contiguous([100, 33])
+    torch.manual_seed(0)
+    q, weights, keys = torch.randn(133, 2, 8), torch.randn(133, 2), torch.randn(133, 8)
+    counts = []
+    for native in (True, False):
+        with patch.object(cpu, "best", cpu.best if native else lambda: None), count_work() as work:
+            chosen = ops.select(q, weights, keys, batch, 16)
+            ops.sparse_attention(q, q, keys, keys, chosen, batch, 1.0)
+        counts.append((work.pairs_scored, work.rows_attended))
+    assert counts[0] == counts[1] == (100 * 101 // 2 + 33 * 34 // 2, int((chosen >= 0).sum()))
+
+
+def test_infinite_scores_are_as_in_torch(isa: str) -> None:
+    """+inf comes first, by position; -inf is never chosen."""
+    torch.manual_seed(0)
+    q, weights, keys = torch.rand(90, 1, 8) + 0.5, torch.ones(90, 1), torch.rand(90, 8)
+    keys[7], keys[40] = 3e38, 3e38
+    weights[60:] = -1
+    batch = Batch.contiguous([90])
+    found = ops.select(q, weights, keys, batch, 16)
+    assert {7, 40} <= set(found[59].tolist()) and not {7, 40} & set(found[89].tolist())
+    with patch.object(cpu, "best", lambda: None):
+        assert torch.equal(found, ops.select(q, weights, keys, batch, 16))
+
+
+def test_half_precision_is_torchs(isa: str) -> None:
+    torch.manual_seed(0)
+    q, weights, keys = torch.randn(40, 2, 8).half(), torch.randn(40, 2), torch.randn(40, 8).half()
+    batch = Batch.contiguous([40])
+    expected = torch_tiled.select(q, weights, keys, batch.table, 1, batch.borders, batch.lengths, 8)
+    assert torch.equal(ops.select(q, weights, keys, batch, 8), expected)
+    assert ops.index_pool(2, PAGE, 8, torch.float16).shape == (2, PAGE, 8)
