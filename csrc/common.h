@@ -48,6 +48,25 @@ static inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// exp with a relative error below 3e-7; 0 below -87, at most e^88.
+static inline vf vexp(vf x) {
+  x = vmax(x, splat(-87.f));
+  x = x < 88.f ? x : splat(88.f);
+  vf t = x * splat(1.44269504088896f);
+  vf n = (t + splat(12582912.f)) - splat(12582912.f);  // to the nearest integer
+  vf f = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
+  vf y = splat(1.9875691500e-4f);
+  y = y * f + splat(1.3981999507e-3f);
+  y = y * f + splat(8.3334519073e-3f);
+  y = y * f + splat(4.1665795894e-2f);
+  y = y * f + splat(1.6666665459e-1f);
+  y = y * f + splat(5.0000001201e-1f);
+  y = y * f * f + f + splat(1.f);
+  vi bits = __builtin_convertvector(n, vi);
+  bits = (bits + 127) << 23;
+  return y * (vf)bits;
+}
+
 template <class T> struct Aligned {  // 64-byte aligned scratch
   T* data;
   explicit Aligned(size_t n) : data((T*)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}

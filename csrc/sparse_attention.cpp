@@ -27,23 +27,6 @@ inline void to_float(const Problem& p, const void* from, int64_t at, int n, floa
   }
 }
 
-inline vf vexp(vf x) {  // relative error below 3e-7 over the range that softmax has, 0 below -87
-  x = vmax(x, splat(-87.f));
-  vf t = x * splat(1.44269504088896f);
-  vf n = (t + splat(12582912.f)) - splat(12582912.f);  // to the nearest integer
-  vf f = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
-  vf y = splat(1.9875691500e-4f);
-  y = y * f + splat(1.3981999507e-3f);
-  y = y * f + splat(8.3334519073e-3f);
-  y = y * f + splat(4.1665795894e-2f);
-  y = y * f + splat(1.6666665459e-1f);
-  y = y * f + splat(5.0000001201e-1f);
-  y = y * f * f + f + splat(1.f);
-  vi bits = __builtin_convertvector(n, vi);
-  bits = (bits + 127) << 23;
-  return y * (vf)bits;
-}
-
 // Heads [from, to) of one row.
 void attend(const Problem& p, int64_t t, int from, int to, float* keys, float* values, float* scores, float* q, float* acc) {
   const int wide = p.c + p.r, heads = to - from;

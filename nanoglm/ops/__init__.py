@@ -136,6 +136,9 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     return torch_tiled.experts(x, ids, weights, gate_up, down)
 
 
+experts.register_kernel("cpu")(cpu.experts)
+
+
 @experts.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)

@@ -113,6 +113,27 @@ def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k,
     assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
 
 
+@drawn
+@given(
+    st.integers(1, 60), st.integers(1, 70), st.integers(1, 50), st.integers(1, 9), st.data(), DTYPES, st.integers(0, 99)
+)
+def test_experts_equal_reference(isa: str, tokens, dim, width, count, data, dtype, seed) -> None:
+    k = data.draw(st.integers(1, count))
+    if isa != "avx512":
+        dtype = torch.float32  # bf16 experts are left to torch there
+    torch.manual_seed(seed)
+    x, gate_up = torch.randn(tokens, dim).to(dtype), (torch.randn(count, 2 * width, dim) * dim**-0.5).to(dtype)
+    down, weights = (torch.randn(count, dim, width) * width**-0.5).to(dtype), torch.rand(tokens, k)
+    ids = torch.rand(tokens, count).topk(k).indices
+    found = ops.experts(x, ids, weights, gate_up, down)
+    expected = reference.experts(x.float(), ids, weights, gate_up.float(), down.float())
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((found.float() - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
+    row = seed % tokens  # alone as among others
+    one = slice(row, row + 1)
+    assert torch.equal(ops.experts(x[one], ids[one], weights[one], gate_up, down), found[one])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, dtype: torch.dtype, threads: int) -> None:

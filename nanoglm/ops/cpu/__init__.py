@@ -26,6 +26,7 @@ from nanoglm.ops.work import tally
 SETS = ("avx512", "avx2", "portable")  # best first
 GROUP, BLOCK = 16, 64
 DTYPES = (torch.float32, torch.bfloat16)
+_FEW_PRODUCTS = 1 << 17  # below that, waking a second thread costs more than it does
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ class Library:
             rope.shape[1], rows.shape[1], ctypes.c_float(scale), _at(out), torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
+        """Routed experts; None if this library has no product of that dtype."""
+        x, ids, weights, gate_up, down = (t.contiguous() for t in (x, ids, weights, gate_up, down))
+        out = torch.empty_like(x)
+        experts, dim, width = down.shape
+        few = x.shape[0] * ids.shape[1] * dim * width < _FEW_PRODUCTS
+        failed = self.handle.nanoglm_experts(
+            _bf16(x), _at(x), _at(ids), _at(weights), _at(gate_up), _at(down), _long(x.shape[0]), ids.shape[1], experts,
+            dim, width, _at(out), 1 if few else torch.get_num_threads(),
+        )  # fmt: skip
+        return None if failed else out
 
 
 @cache
@@ -154,6 +167,21 @@ def sparse_attention(
         work.rows_attended += int((~empty).sum())
     rows = storage_rows(selection.clamp(min=0).long(), requests[:, None], table, page_size)
     return lib.sparse_attention(q_latent, q_rope, latent, rope, rows.int().masked_fill_(empty, -1), scale)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As :func:`nanoglm.ops.experts`."""
+    lib = best()
+    if (
+        lib is not None
+        and x.dtype in DTYPES
+        and gate_up.dtype == down.dtype == x.dtype
+        and weights.dtype == torch.float32
+    ):
+        out = lib.experts(x, ids, weights, gate_up, down)
+        if out is not None:
+            return out
+    return torch_tiled.experts(x, ids, weights, gate_up, down)
 
 
 def _tally_pairs(borders: Sequence[int], lengths: Sequence[int]) -> None:
