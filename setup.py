@@ -2,7 +2,7 @@
 
 Setuptools and a C++ compiler, nothing else: no Python.h, no torch headers. What the compiler refuses is left
 out; without a compiler there is no library at all and nanoglm runs on its PyTorch ops. `nanoglm doctor`
-tells which. CXX names the compiler (default g++).
+tells which. CXX names the compiler (default g++), CXXFLAGS adds to its flags.
 """
 
 import os
@@ -30,7 +30,8 @@ def build(folder: Path) -> None:
     """Writes ``kernels_<set>.so`` into ``folder``; says in one line what could not be built."""
 
     def compile_(*arguments: str) -> None:
-        subprocess.run([os.environ.get("CXX", "g++"), *arguments], check=True, capture_output=True, text=True)
+        command = [os.environ.get("CXX", "g++"), *arguments, *os.environ.get("CXXFLAGS", "").split()]
+        subprocess.run(command, check=True, capture_output=True, text=True)
 
     sets = {"portable": []} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
     folder.mkdir(parents=True, exist_ok=True)

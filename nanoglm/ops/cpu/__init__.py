@@ -24,6 +24,7 @@ from nanoglm.ops.batch import storage_rows
 from nanoglm.ops.work import tally
 
 SETS = ("avx512", "avx2", "portable")  # best first
+FOLDER = Path(__file__).parent  # of the libraries
 GROUP, BLOCK = 16, 64
 DTYPES = (torch.float32, torch.bfloat16)
 _FEW_PRODUCTS = 1 << 17  # below that, waking a second thread costs more than it does
@@ -41,7 +42,7 @@ class Library:
         lengths: Sequence[int], k: int,
     ) -> Tensor:  # fmt: skip
         """``packed`` holds blocks of 64 keys as :func:`pack` makes them; ``table`` [B, P] names them in order."""
-        q, weights, table = _even(q).contiguous(), weights.contiguous(), table.contiguous()
+        q, weights, table = _even(q).contiguous(), weights.float().contiguous(), table.int().contiguous()
         out = torch.empty(q.shape[0], k, dtype=torch.int32)
         self.handle.nanoglm_select(
             _bf16(q), _at(q), _at(weights), _at(packed), _at(table), _long(table.shape[1]), _longs(borders),
@@ -64,7 +65,8 @@ class Library:
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
         """Routed experts; None if this library has no product of that dtype."""
-        x, ids, weights, gate_up, down = (t.contiguous() for t in (x, ids, weights, gate_up, down))
+        x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
+        gate_up, down = gate_up.contiguous(), down.contiguous()
         out = torch.empty_like(x)
         experts, dim, width = down.shape
         few = x.shape[0] * ids.shape[1] * dim * width < _FEW_PRODUCTS
@@ -78,7 +80,7 @@ class Library:
 @cache
 def library(name: str) -> Library | str:
     """The kernels of one instruction set, or one sentence why they are not to be had."""
-    file = Path(__file__).parent / f"kernels_{name}.so"
+    file = FOLDER / f"kernels_{name}.so"
     if not file.is_file():
         return f"{name}: not built (no compiler at installation, or it refused)"
     try:
