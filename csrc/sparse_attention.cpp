@@ -11,12 +11,26 @@ constexpr int CHUNK = 128;
 struct Problem {
   int bf16;
   const void *q_latent, *q_rope, *latent, *rope;  // [T, H, C], [T, H, R], [N, C], [N, R]
-  const int32_t* rows;                             // [T, K] storage rows, -1 after the valid ones
+  const int32_t* selection;                        // [T, K] logical positions, -1 after the valid ones
+  const int64_t* requests;                         // [T] whose page table, [B, columns], translates them
+  const int32_t* table;
+  int64_t columns, page_size;
   int64_t count;                                   // T
   int heads, c, r, k;
   float scale;
   void* out;  // [T, H, C]
 };
+
+// Storage rows of the first `most` selected positions of row t; returns how many there are.
+inline int storage_rows(const Problem& p, int64_t t, int most, int32_t* rows) {
+  const int32_t *chosen = p.selection + t * p.k, *pages = p.table + p.requests[t] * p.columns;
+  int n = 0;
+  if (p.page_size == 64)
+    for (; n < most && chosen[n] >= 0; n++) rows[n] = pages[chosen[n] >> 6] * 64 + (chosen[n] & 63);
+  else
+    for (; n < most && chosen[n] >= 0; n++) rows[n] = (int32_t)(pages[chosen[n] / p.page_size] * p.page_size + chosen[n] % p.page_size);
+  return n;
+}
 
 inline void to_float(const Problem& p, const void* from, int64_t at, int n, float* to) {
   if (p.bf16) {
@@ -28,11 +42,9 @@ inline void to_float(const Problem& p, const void* from, int64_t at, int n, floa
 }
 
 // Heads [from, to) of one row.
-void attend(const Problem& p, int64_t t, int from, int to, float* keys, float* values, float* scores, float* q, float* acc) {
+void attend(const Problem& p, int64_t t, int from, int to, int32_t* rows, float* keys, float* values, float* scores, float* q, float* acc) {
   const int wide = p.c + p.r, heads = to - from;
-  const int32_t* rows = p.rows + t * p.k;
-  int valid = 0;
-  while (valid < p.k && rows[valid] >= 0) valid++;
+  const int valid = storage_rows(p, t, p.k, rows);
   for (int h = 0; h < heads; h++) {
     to_float(p, p.q_latent, ((t * p.heads) + from + h) * p.c, p.c, q + h * wide);
     to_float(p, p.q_rope, ((t * p.heads) + from + h) * p.r, p.r, q + h * wide + p.c);
@@ -194,12 +206,10 @@ template <int WIDE> inline void weigh(const uint32_t* values, const uint32_t* p,
 
 // Heads [from, to) of one row; c is a multiple of 32, r of 4. Scratch: q [groups][(c + r) / 4][16] dwords,
 // keys [128][c + r], values [64][c] dwords (pairs of keys), acc [groups * 8][c].
-void attend_bf16(const Problem& p, int64_t t, int from, int to, uint16_t* keys, uint32_t* q, uint32_t* values, float* acc) {
+void attend_bf16(const Problem& p, int64_t t, int from, int to, int32_t* rows, uint16_t* keys, uint32_t* q, uint32_t* values, float* acc) {
   const int64_t wide = p.c + p.r;
   const int groups = (to - from + HEADS - 1) / HEADS, steps = (p.c + p.r) / 4;
-  const int32_t* rows = p.rows + t * p.k;
-  int valid = 0;
-  while (valid < p.k && rows[valid] >= 0) valid++;
+  const int valid = storage_rows(p, t, p.k, rows);
   memset(q, 0, (size_t)groups * steps * 64);
   for (int h = 0; h < to - from; h++) {
     const uint16_t *a = (const uint16_t*)p.q_latent + (t * p.heads + from + h) * p.c, *b = (const uint16_t*)p.q_rope + (t * p.heads + from + h) * p.r;
@@ -223,9 +233,12 @@ void attend_bf16(const Problem& p, int64_t t, int from, int to, uint16_t* keys, 
       copy((const uint16_t*)p.rope + row * p.r, p.r, keys + j * wide + p.c);
     }
     // What comes next: this row's next chunk, or the next row's first.
-    const int32_t* next = begin + CHUNK < valid ? rows + begin + CHUNK : t + 1 < p.count ? rows + p.k : rows;
-    int ahead = begin + CHUNK < valid ? std::min(CHUNK, valid - begin - CHUNK) : std::min(CHUNK, p.k);
-    for (int j = 0; j < ahead && next[j] >= 0; j++) {
+    int32_t first[CHUNK];
+    const int32_t* next = first;
+    int ahead = 0;
+    if (begin + CHUNK < valid) next = rows + begin + CHUNK, ahead = std::min(CHUNK, valid - begin - CHUNK);
+    else if (t + 1 < p.count) ahead = storage_rows(p, t + 1, std::min(CHUNK, p.k), first);
+    for (int j = 0; j < ahead; j++) {
       for (int b = 0; b < p.c; b += 32) __builtin_prefetch((const uint16_t*)p.latent + (int64_t)next[j] * p.c + b, 0, 2);
       __builtin_prefetch((const uint16_t*)p.rope + (int64_t)next[j] * p.r, 0, 2);
     }
@@ -295,9 +308,10 @@ void attend_bf16(const Problem& p, int64_t t, int from, int to, uint16_t* keys, 
 #endif
 }  // namespace
 
-EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void* q_rope, const void* latent, const void* rope, const int32_t* rows,
+EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void* q_rope, const void* latent, const void* rope, const int32_t* selection,
+                                     const int64_t* requests, const int32_t* table, int64_t columns, int64_t page_size,
                                      int64_t count, int heads, int c, int r, int k, float scale, void* out, int threads) {
-  Problem p{bf16, q_latent, q_rope, latent, rope, rows, count, heads, c, r, k, scale, out};
+  Problem p{bf16, q_latent, q_rope, latent, rope, selection, requests, table, columns, page_size, count, heads, c, r, k, scale, out};
   bool pairs = false;
 #ifdef __AVX512BF16__
   pairs = bf16 && c % 32 == 0 && r % 4 == 0;
@@ -309,6 +323,7 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
   const size_t wide = (size_t)(c + r), padded = (size_t)(heads + 7) / 8 * 8;
 #pragma omp parallel num_threads(threads)
   {
+    Aligned<int32_t> rows((size_t)k);
     Aligned<float> keys(pairs ? CHUNK * wide / 2 : CHUNK * wide), values(CHUNK / 2 * (pairs ? (size_t)c : 2 * wide)), scores((size_t)heads * CHUNK),
         q(pairs ? padded / 8 * (wide / 4) * 16 : heads * wide), acc(padded * (size_t)c);
 #pragma omp for schedule(dynamic, 4)
@@ -317,11 +332,11 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
       if (from >= to) continue;
 #ifdef __AVX512BF16__
       if (pairs) {
-        attend_bf16(p, n / parts, from, to, (uint16_t*)keys.data, (uint32_t*)q.data, (uint32_t*)values.data, acc.data);
+        attend_bf16(p, n / parts, from, to, rows.data, (uint16_t*)keys.data, (uint32_t*)q.data, (uint32_t*)values.data, acc.data);
         continue;
       }
 #endif
-      attend(p, n / parts, from, to, keys.data, values.data, scores.data, q.data, acc.data);
+      attend(p, n / parts, from, to, rows.data, keys.data, values.data, scores.data, q.data, acc.data);
     }
   }
 }

@@ -51,15 +51,18 @@ class Library:
         return out
 
     def sparse_attention(
-        self, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, rows: Tensor, scale: float
-    ) -> Tensor:
-        """``rows`` int32 [T, K]: storage rows, -1 after the valid ones."""
+        self, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor,
+        table: Tensor, page_size: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        """As :func:`nanoglm.ops.sparse_attention`."""
         q_latent, q_rope, latent, rope = (x.contiguous() for x in (q_latent, q_rope, latent, rope))
+        selection, requests, table = selection.int().contiguous(), requests.contiguous(), table.int().contiguous()
         out = torch.empty_like(q_latent)
         count, heads, c = q_latent.shape
         self.handle.nanoglm_sparse_attention(
-            _bf16(q_latent), _at(q_latent), _at(q_rope), _at(latent), _at(rope), _at(rows), _long(count), heads, c,
-            rope.shape[1], rows.shape[1], ctypes.c_float(scale), _at(out), torch.get_num_threads(),
+            _bf16(q_latent), _at(q_latent), _at(q_rope), _at(latent), _at(rope), _at(selection), _at(requests),
+            _at(table), _long(table.shape[1]), _long(page_size), _long(count), heads, c, rope.shape[1],
+            selection.shape[1], ctypes.c_float(scale), _at(out), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -164,11 +167,9 @@ def sparse_attention(
         return torch_tiled.sparse_attention(
             q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale
         )
-    empty = selection < 0
     if work := tally():
-        work.rows_attended += int((~empty).sum())
-    rows = storage_rows(selection.clamp(min=0).long(), requests[:, None], table, page_size)
-    return lib.sparse_attention(q_latent, q_rope, latent, rope, rows.int().masked_fill_(empty, -1), scale)
+        work.rows_attended += int((selection >= 0).sum())
+    return lib.sparse_attention(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
