@@ -328,7 +328,7 @@ def _read_prompt(prompt: str) -> str:
 
 def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
     for name, value in lines:
-        print(f"{name:<24}{value}")
+        print(f"{name:<24}{value}".encode("utf-8", "backslashreplace").decode())
 
 
 def _numbers(name: str, text: str | None) -> list[int] | None:

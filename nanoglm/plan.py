@@ -39,8 +39,8 @@ def plan(config: GLMConfig, length: int) -> dict[str, Any]:
     Raises:
         InputError: length is not positive.
     """
-    if length < 1:
-        raise InputError(f"length is {length}; expected at least 1")
+    if not 1 <= length <= 1 << 40:
+        raise InputError(f"length is {length}; expected at least 1 and at most 2**40")
     shapes = _shapes(config)
     layers, full = config.num_hidden_layers, len(config.full_layers)
     count = {name: prod(shape) for name, shape in shapes.items()}

@@ -43,12 +43,19 @@ class Trace:
 
     def append(self, ids: Sequence[int], selections: Sequence[Tensor | None], routes: Mapping[int, Tensor]) -> None:
         """Adds rows: ``selections`` one int32 [t, K] a layer, ``routes`` int64 [t, k] per MoE layer."""
-        self.ids += ids
-        for layer, rows in self._selections.items():
-            chosen = selections[layer]
-            if chosen is None:
+        chosen = {layer: selections[layer] for layer in self._selections}
+        for layer, given in chosen.items():
+            if given is None:
                 raise InputError("attention is 'dense'; expected an attention that selects, to record it")
-            rows.append(chosen.cpu())
+            if given.shape[1] != self.config.index_topk:
+                raise InputError(
+                    f"Selection of layer {layer} is {given.shape[1]} wide; expected index_topk "
+                    f"({self.config.index_topk}), to record it"
+                )
+        self.ids += ids
+        for layer, given in chosen.items():
+            assert given is not None
+            self._selections[layer].append(given.cpu())
         for layer, rows in self._routes.items():
             rows.append(routes[layer].to("cpu", torch.int32))
 
@@ -192,6 +199,9 @@ def _read(tensors: Mapping[str, Tensor], i: int, trace: Trace, sha256: Any) -> N
             raise ValueError(f"{i}.selections.{layer} is not int32 {list(wanted)}")
         if ((chosen > rows) | (chosen < -1)).any() or (chosen[:, 0] < 0).any():
             raise ValueError(f"{i}.selections.{layer} holds a position no row may see")
+        following, before = chosen[:, 1:], chosen[:, :-1]
+        if ((following <= before) & (following >= 0)).any() or ((following >= 0) & (before < 0)).any():
+            raise ValueError(f"{i}.selections.{layer} is not ascending with -1 behind")
     routes = {}
     for layer in _moe_layers(config):
         routes[layer] = tensors[f"{i}.routes.{layer}"]

@@ -163,8 +163,8 @@ class Oracle:
         yield Row("schedule of freq 4, offset 3: layers of another kind", wrong, 0)
         rotary = model.rotary(self.positions)
         pairs = zip((rotary.cos, rotary.sin), self.angles, strict=True)  # theirs repeat each half
-        angles = max(error(torch.cat([mine, mine], -1), wanted) for mine, wanted in pairs)
-        yield Row("RoPE angles up to position 1,048,575", angles, 0)
+        angles = torch.tensor([error(torch.cat([mine, mine], -1), wanted) for mine, wanted in pairs])
+        yield Row("RoPE angles up to position 1,048,575", float(angles.max()), 0)  # NaN if any is
         found, flips = compared(model, case.sequences, case.expected)
         kinds = [
             f"{'Full' if kind == 'full' else 'Shared'} {'MoE' if model.config.is_moe(i) else 'dense'}"

@@ -106,7 +106,7 @@ def read_index(file: Path) -> dict[str, str]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(f"index file {file} is damaged; expected JSON with a weight_map") from None
     for value in set(weight_map.values()):
-        if value != Path(value).name or "\0" in value:
+        if value != Path(value).name or "\0" in value or not 0 < len(value.encode("utf-8", "replace")) <= 255:
             raise CheckpointError(f"index file {file} names {value!r}; expected the plain name of a file beside it")
     return weight_map
 

@@ -78,7 +78,7 @@ class Checkpoint:
         prefix = f"model.layers.{config.num_hidden_layers}."
         if not any(name.startswith(prefix) for name in self.shards.shapes):
             config = config.replace(num_nextn_predict_layers=0)
-        _check_counts(config, self.shards.shapes)
+        check_counts(config, self.shards.shapes)
         self.config = config
 
     def load(
@@ -203,7 +203,7 @@ def _check_quantization(config: GLMConfig) -> None:
         raise ConfigError(f"config field quantization_config.weight_block_size is {block!r}; expected [128, 128]")
 
 
-def _check_counts(config: GLMConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+def check_counts(config: GLMConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Layers and experts of the files against the configuration, before a model of its size is laid out."""
     layers = {int(match["layer"]) for match in map(LAYER.match, shapes) if match}
     if config.num_hidden_layers > len(layers):

@@ -13,7 +13,7 @@ from nanoglm.config import GLMConfig
 from nanoglm.model import GLM
 from nanoglm.weights import fp8
 from nanoglm.weights.files import DTYPES, INDEX_FILE, read_index
-from nanoglm.weights.hf import Checkpoint, Report, account, checkpoint_tensors
+from nanoglm.weights.hf import Checkpoint, Report, account, check_counts, checkpoint_tensors
 from nanoglm.weights.names import SCALE
 
 Lines = list[tuple[str, str]]
@@ -60,6 +60,7 @@ def _describe_index(directory: Path, weight_map: dict[str, str], here: int) -> t
     config = GLMConfig.from_file(directory)
     if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in weight_map):
         config = config.replace(num_nextn_predict_layers=0)
+    check_counts(config, dict.fromkeys(weight_map, (config.n_routed_experts,)))
     shapes, report = account(config, weight_map)
     # Scales are counted as fp32; only a header can tell that they are single bytes.
     size = 0

@@ -1,14 +1,16 @@
 """Checkpoint directories written, whole or not at all.
 
-Everything is written to a hidden folder beside the target, which then takes the target's place in one step:
-whoever reads, and whatever is killed when, there is the old checkpoint or the new one.
+Everything is written to a hidden folder beside the target, which then takes the target's place in one step
+where that can be; see :func:`replacing`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,11 +28,14 @@ from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.weights import fp8
 from nanoglm.weights.files import INDEX_FILE, SINGLE_FILE
-from nanoglm.weights.hf import DTYPES, checkpoint_tensors, named_tensors
+from nanoglm.weights.hf import DTYPES, SHARED_INDEXERS, checkpoint_tensors, named_tensors
 from nanoglm.weights.names import FP8, SCALE
 
 Layout = Literal["per_expert", "stacked"]
 SHARD_BYTES = 5_000_000_000
+_OURS = re.compile(
+    r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE) + "|" + re.escape(SHARED_INDEXERS)
+)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -65,7 +70,7 @@ def save(
         )
     if scale_dtype not in (torch.float32, torch.float8_e8m0fnu):
         raise InputError(f"scale_dtype is {scale_dtype}; expected torch.float32 or torch.float8_e8m0fnu")
-    if model.lm_head.weight.is_meta:
+    if any(tensor.is_meta for _, tensor in named_tensors(model)):
         raise InputError("model on device meta has no weights to save; expected one loaded on a real device")
     config = model.config if mtp else model.config.replace(num_nextn_predict_layers=0)
     dropped = "\0" if mtp else f"model.layers.{model.config.num_hidden_layers}."
@@ -87,6 +92,8 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype, scale_dtype: torch.dty
     if dtype != fp8.DTYPE:
         yield name, value.to(torch.float32 if name.endswith("e_score_correction_bias") else dtype)
     elif FP8.fullmatch(name):
+        if not value.isfinite().all():
+            raise InputError(f"tensor {name} holds a value that is not finite; expected numbers that FP8 can scale")
         values, scale = fp8.quantise(value, scale_dtype)
         yield name, values
         yield name + SCALE, scale
@@ -98,7 +105,8 @@ def write_config(folder: Path, config: GLMConfig, dtype: torch.dtype, scale_dtyp
     """config.json with the dtype of these weights, whatever the file said that they were read from."""
     plain = torch.bfloat16 if dtype == fp8.DTYPE else dtype
     raw = config.to_dict() | {"dtype": str(plain).removeprefix("torch.")}
-    raw.pop("quantization_config", None)
+    for stale in ("quantization_config", "torch_dtype"):
+        raw.pop(stale, None)
     if dtype == fp8.DTYPE:
         raw["quantization_config"] = {
             "quant_method": "fp8",
@@ -155,12 +163,13 @@ class ShardWriter:
 
 @contextmanager
 def replacing(directory: str | Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``directory`` when the block ends well, and is gone if not.
+    """A new folder whose files take the place of a checkpoint's in ``directory`` when the block ends well.
 
-    Files of the old directory that are no part of a checkpoint move over (as hard links where they can).
-    On Linux the two folders are exchanged in one step. Where the system cannot, or where the directory is the
-    current one, files are replaced one by one. A process killed inside the block leaves its hidden folder
-    ``.NAME.*`` behind, nothing else.
+    Where the directory holds files only, the two folders are exchanged in one step (Linux), its other files
+    moved over as hard links: a kill leaves the old checkpoint or the new one. Where that cannot be (folders
+    or mounts inside, another owner, the current directory, other systems), files are replaced one by one,
+    config.json removed first and written last: a kill in between leaves what is refused, never a mixture.
+    A process killed inside the block leaves its hidden folder ``.NAME.*`` behind.
 
     Raises:
         InputError: the directory cannot be written.
@@ -168,7 +177,10 @@ def replacing(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory).resolve()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        parent = directory.parent.stat()
+        apart = directory.is_dir() and directory.stat().st_dev != parent.st_dev
+        inside = apart or (directory.is_dir() and not os.access(directory.parent, os.W_OK))
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory if inside else directory.parent))
     except OSError as error:
         raise InputError(f"directory {directory} cannot be written: {error.strerror}") from None
     try:
@@ -176,53 +188,68 @@ def replacing(directory: str | Path) -> Iterator[Path]:
         mode = (staging / "config.json").stat().st_mode & 0o777
         for file in staging.glob("*.safetensors"):
             file.chmod(mode)  # safetensors writes 0600, which shuts out a server under another user
-        if directory.exists():
-            _keep_others(directory, staging)
-            staging.chmod(directory.stat().st_mode)
-            # Whoever stands in the directory, a shell most likely, would be left in the old one.
-            if Path.cwd().is_relative_to(directory) or not _exchange(staging, directory):
-                _replace_files(staging, directory)
-        else:
+        staged = [file.name for file in staging.iterdir()]
+        if not directory.exists():
             staging.chmod(mode | (mode & 0o444) >> 2)  # who may read files may enter their folder
             staging.rename(directory)
+        elif inside or not _exchanged(staging, directory):
+            _replace_files(staging, directory, staged)
     except (OSError, SafetensorError) as error:
         raise InputError(f"directory {directory} cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _is_checkpoint_file(name: str) -> bool:
-    return name == "config.json" or (name.startswith("model") and ".safetensors" in name)
+def _is_checkpoint_file(entry: os.DirEntry[str]) -> bool:
+    """What a checkpoint before this one may have left, and only that: other files are the user's."""
+    return _OURS.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
 
 
-def _keep_others(directory: Path, staging: Path) -> None:
-    for entry in os.scandir(directory):
-        target = staging / entry.name
-        if _is_checkpoint_file(entry.name) or target.exists():
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.copytree(entry.path, target, symlinks=True, copy_function=_link)
-        else:
-            _link(entry.path, target)
-
-
-def _link(source: str, target: str | Path) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:  # another device, or a file system without links
-        shutil.copy2(source, target, follow_symlinks=False)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders in one step; False where the system cannot."""
+def _exchanged(staging: Path, directory: Path) -> bool:
+    """Swaps the two folders in one step, other files linked; False if that is not safe or not possible."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    return rename is not None and rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+    entries = list(os.scandir(directory))
+    here, there = directory.stat(), staging.stat()
+    if (
+        rename is None
+        or any(not entry.is_file(follow_symlinks=False) and not entry.is_symlink() for entry in entries)
+        or (here.st_uid, here.st_gid) != (there.st_uid, there.st_gid)
+        or _stands_in(directory)  # whoever does, a shell most likely, would be left in the old one
+    ):
+        return False
+    for entry in entries:
+        target = staging / entry.name
+        if not _is_checkpoint_file(entry) and not target.exists():
+            try:
+                os.link(entry.path, target, follow_symlinks=False)
+            except OSError:  # a file system without links
+                return False
+    staging.chmod(here.st_mode)
+    return _exchange(rename, staging, directory)
 
 
-def _replace_files(staging: Path, directory: Path) -> None:
-    stale = {f.name for f in directory.iterdir() if _is_checkpoint_file(f.name)} - {f.name for f in staging.iterdir()}
-    for file in sorted(staging.iterdir()):
-        if file.is_file() and (_is_checkpoint_file(file.name) or not (directory / file.name).exists()):
-            os.replace(file, directory / file.name)
+def _exchange(rename: Any, a: Path, b: Path) -> bool:
+    return bool(rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0)
+
+
+def _stands_in(directory: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(directory)
+    except OSError:  # the current directory is gone
+        return False
+
+
+def _replace_files(staging: Path, directory: Path, staged: list[str]) -> None:
+    stale = [entry.name for entry in os.scandir(directory) if _is_checkpoint_file(entry) and entry.name not in staged]
+    (directory / "config.json").unlink(missing_ok=True)
+    for name in sorted(staged, key=lambda name: name == "config.json"):
+        try:
+            os.replace(staging / name, directory / name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            part = directory / f".{name}.part"
+            shutil.copyfile(staging / name, part)
+            os.replace(part, directory / name)
     for name in stale:
         (directory / name).unlink()

@@ -166,6 +166,10 @@ DAMAGE = {
     "a lost layer": (lambda p: edit(p, lambda t: t.pop("0.selections.2")), r"damaged: '0\.selections\.2'"),
     "other tokens": (lambda p: edit(p, lambda t: t["0.ids"].add_(1)), "tokens of sequence 0 do not match their hash"),
     "the future": (lambda p: edit(p, lambda t: t["0.selections.0"][3].fill_(4)), "holds a position no row may see"),
+    "twice the same": (
+        lambda p: edit(p, lambda t: t["0.selections.0"][40].fill_(4)),
+        "is not ascending with -1 behind",
+    ),
     "no expert": (lambda p: edit(p, lambda t: t["0.routes.1"][3].fill_(8)), "holds an expert that is none"),
     "other width": (
         lambda p: edit(p, lambda t: t.update({"0.selections.0": t["0.selections.0"][:, :3].clone()})),
@@ -206,6 +210,14 @@ def test_other_tokens_or_too_many_are_one_sentence(lm: Model, tmp_path: Path) ->
     with lm.replay(tmp_path / "run"), pytest.raises(InputError, match="replayed sequence has token"):
         lm.generate("Another prompt", PARAMS)
     assert torch.isfinite(lm.logits(SEQUENCES)[0]).all()  # outside, all is as before
+
+
+def test_a_refused_call_leaves_the_recording_whole(lm: Model, tmp_path: Path) -> None:
+    with lm.record(tmp_path / "run"):
+        with pytest.raises(InputError, match="attention is 'dense'"):
+            lm.logits(SEQUENCES, attention="dense")
+        lm.logits(SEQUENCES[:1])
+    assert [len(t.ids) for t in Recording.load(tmp_path / "run", lm.config).traces] == [90]
 
 
 def test_a_failed_run_writes_nothing(lm: Model, tmp_path: Path) -> None:

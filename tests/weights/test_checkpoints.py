@@ -509,7 +509,7 @@ def test_the_current_directory_stays_the_current_directory(
 
 
 def test_without_an_exchange_files_are_replaced(tmp_path: Path, model: GLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(write, "_exchange", lambda *_: False)
     save(build(seed=5), tmp_path / "x", shard_bytes=SHARD)
     (tmp_path / "x" / "sub").mkdir()
     (tmp_path / "x" / "sub" / "notes.txt").write_text("mine")
@@ -517,6 +517,63 @@ def test_without_an_exchange_files_are_replaced(tmp_path: Path, model: GLM, monk
     assert sorted(os.listdir(tmp_path / "x")) == ["config.json", "model.safetensors", "sub"]
     assert (tmp_path / "x" / "sub" / "notes.txt").read_text() == "mine" and os.listdir(tmp_path) == ["x"]
     same(model, Checkpoint(tmp_path / "x").load()[0])
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_is_written_replaces_and_the_users_files_stay(
+    tmp_path: Path, model: GLM, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """The tokenizer of the weights before must not stay; files that only look like ours must."""
+    if not exchange:
+        monkeypatch.setattr(write, "_exchange", lambda *_: False)
+    save(build(seed=5), tmp_path, beside=lambda folder: (folder / "tokenizer.json").write_text("old"))
+    mine = ("model_lora.safetensors", "model-old.safetensors.bak", "notes.txt")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / SHARED_INDEXERS).write_text("of the old weights")
+    save(model, tmp_path, dtype=torch.float32, beside=lambda folder: (folder / "tokenizer.json").write_text("new"))
+    assert (tmp_path / "tokenizer.json").read_text() == "new"
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    assert not (tmp_path / SHARED_INDEXERS).exists()
+    same(model, Checkpoint(tmp_path).load()[0])
+
+
+def test_folders_inside_are_left_where_they_are(tmp_path: Path, model: GLM) -> None:
+    """They may be mounts: nothing below the directory is walked, copied or removed."""
+    save(build(seed=5), tmp_path / "x")
+    (tmp_path / "x" / "sub").mkdir()
+    before = (tmp_path / "x").stat().st_ino, (tmp_path / "x" / "sub").stat().st_ino
+    save(model, tmp_path / "x")
+    assert before == ((tmp_path / "x").stat().st_ino, (tmp_path / "x" / "sub").stat().st_ino)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_interrupted_replacement_is_refused_not_mixed(
+    tmp_path: Path, model: GLM, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    save(build(seed=5), tmp_path, shard_bytes=SHARD)
+    (tmp_path / "sub").mkdir()  # so that files are replaced one by one
+    replace, done = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        if len(done) == after:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(write.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, tmp_path, shard_bytes=SHARD)
+    with pytest.raises(ConfigError, match="config.json cannot be read"):
+        Checkpoint(tmp_path)
+
+
+def test_fp8_of_an_infinite_weight_is_refused(tmp_path: Path) -> None:
+    broken = build()
+    broken.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(InputError, match=r"o_proj\.weight holds a value that is not finite"):
+        save(broken, tmp_path / "x", dtype=torch.float8_e4m3fn)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_link_to_a_directory_stays_a_link(tmp_path: Path, model: GLM) -> None:
