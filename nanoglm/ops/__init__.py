@@ -5,7 +5,7 @@ and autograd, so devices, ``torch.compile`` and autograd work as PyTorch users e
 registers a kernel for its device under the same name; ``torch_tiled`` serves every other device,
 and ``reference`` is each op's specification in the obvious form, for tests.
 
-Pure ops return new tensors and alias no input. :func:`cache_append` is the only mutator.
+Pure ops return new tensors and alias no input. :func:`cache_append` and :func:`index_append` alone mutate.
 """
 
 from __future__ import annotations

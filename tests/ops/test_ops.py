@@ -4,29 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.drawing import batches
 from torch import Tensor
 
 from nanoglm import ops
-from nanoglm.cache import PAGE, PagedCache
+from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.ops import Batch, count_work, reference, torch_tiled
 
 shapes = settings(deadline=None, max_examples=30, derandomize=True)
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[Batch, int]:
-    """A contiguous or a paged batch, and the number of storage rows it addresses."""
-    counts = draw(st.lists(st.integers(1, 90), min_size=1, max_size=3))
-    if draw(st.booleans()):
-        return Batch.contiguous(counts), sum(counts)
-    before = [draw(st.integers(0, 150)) for _ in counts]
-    lengths = [b + c for b, c in zip(before, counts, strict=True)]
-    wide = max(-(-n // PAGE) for n in lengths)
-    pages = torch.randperm(wide * len(counts) + 2)[: wide * len(counts)]  # shuffled, with holes
-    table = pages.view(len(counts), wide).int()
-    return Batch.build(counts, lengths, table, PAGE), (wide * len(counts) + 2) * PAGE
 
 
 @shapes

@@ -174,17 +174,9 @@ def sparse_attention(
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As :func:`nanoglm.ops.experts`."""
-    lib = best()
-    if (
-        lib is not None
-        and x.dtype in DTYPES
-        and gate_up.dtype == down.dtype == x.dtype
-        and weights.dtype == torch.float32
-    ):
-        out = lib.experts(x, ids, weights, gate_up, down)
-        if out is not None:
-            return out
-    return torch_tiled.experts(x, ids, weights, gate_up, down)
+    lib, alike = best(), x.dtype in DTYPES and x.dtype == gate_up.dtype == down.dtype
+    out = lib.experts(x, ids, weights, gate_up, down) if lib is not None and alike else None
+    return torch_tiled.experts(x, ids, weights, gate_up, down) if out is None else out
 
 
 def _tally_pairs(borders: Sequence[int], lengths: Sequence[int]) -> None:
