@@ -7,7 +7,7 @@ from nanoglm.api import load
 from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
-from nanoglm.model import GLM, Attention, BatchStore
+from nanoglm.model import GLM, Attention, BatchStore, Tape
 from nanoglm.model.indexer import Indexer
 from nanoglm.ops import Batch
 
@@ -131,3 +131,13 @@ def test_mtp_selects_for_itself_after_a_replay(model: GLM) -> None:
     again = model(IDS, BATCH, BatchStore(), selections=first.selections)
     drafted, replayed = (model.draft(IDS, output.hidden, output.step) for output in (first, again))
     assert torch.equal(drafted[0], replayed[0]) and torch.equal(drafted[1], replayed[1])
+
+
+@torch.no_grad()
+def test_mtp_routes_for_itself_after_a_replay(model: GLM) -> None:
+    """Recorded routes concern the decoder layers; drafting goes on as without a replay."""
+    tape = Tape(indexers=False)
+    first = model(IDS, BATCH, BatchStore(), tape=tape)
+    again = model(IDS, BATCH, BatchStore(), selections=first.selections, routes=dict(tape.experts))
+    drafts = [model.draft(IDS, output.hidden, output.step)[0] for output in (first, again)]
+    assert torch.equal(*drafts)

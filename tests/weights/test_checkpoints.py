@@ -332,6 +332,20 @@ def test_wrong_shape(tmp_path: Path, model: GLM, name: str, reshape: Callable[[T
     assert f"{name} has shape {shapes['found']}; expected {shapes['expected']}" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("shift", [-4, 4])
+def test_a_header_whose_tensors_overlap_or_leave_a_gap(tmp_path: Path, model: GLM, shift: int) -> None:
+    save(model, tmp_path, dtype=torch.float32)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = max((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"][0])
+    header[name]["data_offsets"] = [offset + shift for offset in header[name]["data_offsets"]]
+    raw, body = json.dumps(header).encode(), data[8 + length :] + bytes(4)
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw + body[: len(data) - 8 - length + shift])
+    assert "a gap or overlap at byte" in refusal(tmp_path)
+
+
 def test_missing_index_file(tmp_path: Path, model: GLM) -> None:
     save(model, tmp_path, shard_bytes=SHARD)
     (tmp_path / "model.safetensors.index.json").unlink()
