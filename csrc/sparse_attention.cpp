@@ -6,7 +6,7 @@
 #include "common.h"
 
 namespace {
-constexpr int CHUNK = 128;
+constexpr int CHUNK = 64;
 
 struct Problem {
   int bf16;
@@ -22,13 +22,13 @@ struct Problem {
 };
 
 // Storage rows of the first `most` selected positions of row t; returns how many there are.
-inline int storage_rows(const Problem& p, int64_t t, int most, int32_t* rows) {
+inline int storage_rows(const Problem& p, int64_t t, int most, int32_t* __restrict rows) {
   const int32_t *chosen = p.selection + t * p.k, *pages = p.table + p.requests[t] * p.columns;
-  int n = 0;
-  if (p.page_size == 64)
-    for (; n < most && chosen[n] >= 0; n++) rows[n] = pages[chosen[n] >> 6] * 64 + (chosen[n] & 63);
+  const int n = chosen[most - 1] >= 0 ? most : (int)(std::partition_point(chosen, chosen + most, [](int32_t s) { return s >= 0; }) - chosen);
+  if (p.page_size == BLOCK)
+    for (int i = 0; i < n; i++) rows[i] = pages[chosen[i] / (uint32_t)BLOCK] * BLOCK + chosen[i] % (uint32_t)BLOCK;
   else
-    for (; n < most && chosen[n] >= 0; n++) rows[n] = (int32_t)(pages[chosen[n] / p.page_size] * p.page_size + chosen[n] % p.page_size);
+    for (int i = 0; i < n; i++) rows[i] = (int32_t)(pages[chosen[i] / p.page_size] * p.page_size + chosen[i] % p.page_size);
   return n;
 }
 
@@ -142,14 +142,12 @@ void attend(const Problem& p, int64_t t, int from, int to, int32_t* rows, float*
 // bf16 without transposing keys. Eight heads go together: a key's next four values are broadcast to all lanes
 // as two pairs, lane 2h meets head h's first pair and lane 2h + 1 its second, and one addition of neighbours
 // at the end gives the score.
-constexpr int HEADS = 8, TOGETHER = 16;
+constexpr int HEADS = 8, TOGETHER = 16, AHEAD = 64;
 
-inline __m512 vexp512(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.f));
-  __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-  __m512 n = _mm512_roundscale_ps(t, 8), f = _mm512_sub_ps(t, n);
-  __m512 y = _mm512_set1_ps(1.5403530e-4f);  // 2^f on [-1/2, 1/2]
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.3333558e-3f));
+inline __m512 exp2_512(__m512 x) {  // relative error below 3e-7; a denormal or 0 below -126
+  x = _mm512_max_ps(x, _mm512_set1_ps(-200.f));
+  __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n);
+  __m512 y = _mm512_set1_ps(1.3333558e-3f);
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.6181291e-3f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.5504109e-2f));
   y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022651e-1f));
@@ -158,151 +156,178 @@ inline __m512 vexp512(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
-inline void dots(const uint16_t* keys, int64_t wide, const uint32_t* q, int steps, __m512* dot) {
+// Keys' rows on their way from the cache to a thread's own: `next` holds storage rows that are copied, `later`
+// others that are fetched, 32 values of 16 rows at a time.
+struct Moving {
+  const uint16_t *latent, *rope;
+  int64_t c, r;
+  const int32_t *next, *later;
+  uint16_t* to;  // [16][stride]
+  struct Part {
+    const uint16_t* from;
+    int64_t stride, at;
+    __mmask32 there;
+  };
+  Part part(int64_t at) const {  // of values [at, at + 32) of latent and rope
+    if (at < c) return {latent + at, c, at, ~0u};
+    return {rope + at - c, r, at, c + r - at >= 32 ? ~0u : (1u << (c + r - at)) - 1};
+  }
+  void two(const Part& p, int i, int64_t wide) const {
+#pragma GCC unroll 2
+    for (int j = i; j < i + 2; j++) {
+      const uint16_t* from = p.from + next[j] * p.stride;
+      _mm512_storeu_si512(to + j * wide + p.at, p.there == ~0u ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(p.there, from));
+      __builtin_prefetch(p.from + later[j] * p.stride, 0, 3);
+    }
+  }
+  void all(int64_t wide) const {
+    for (int64_t at = 0; at < c + r; at += 32)
+      for (int i = 0; i < TOGETHER; i += 2) two(part(at), i, wide);
+  }
+};
+
+// Scores of eight heads and 16 keys. MOVE: while the products run, the rows of other keys are moved.
+template <bool MOVE> inline __attribute__((always_inline)) void dots(const uint16_t* keys, int64_t wide, int steps, const uint32_t* q, __m512* dot, const Moving& moving) {
 #pragma GCC unroll 16
   for (int j = 0; j < TOGETHER; j++) dot[j] = _mm512_setzero_ps();
-  for (int s = 0; s < steps; s++) {
-    __m512bh query = (__m512bh)_mm512_load_si512(q + s * 16);
+  for (int first = 0; first < steps; first += 8) {
+    const Moving::Part part = moving.part(first * 4);
+    for (int i = 0; i < 8; i++) {
+      if (first + i < steps) {
+        __m512bh query = (__m512bh)_mm512_load_si512(q + (first + i) * 16);
 #pragma GCC unroll 16
-    for (int j = 0; j < TOGETHER; j++) {
-      // As doubles, so that the load broadcasts; as integers gcc goes through a general register.
-      __m512d four = _mm512_broadcastsd_pd(_mm_load_sd((const double*)(keys + j * wide + s * 4)));
-      dot[j] = _mm512_dpbf16_ps(dot[j], query, (__m512bh)four);
-    }
-  }
-}
-
-inline void copy(const uint16_t* from, int n, uint16_t* to) {  // n is a multiple of 4
-  int i = 0;
-  for (; i + 32 <= n; i += 32) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
-  if (i < n) {
-    __mmask32 rest = (1u << (n - i)) - 1;
-    _mm512_mask_storeu_epi16(to + i, rest, _mm512_maskz_loadu_epi16(rest, from + i));
-  }
-}
-
-template <int WIDE> inline void weigh(const uint32_t* values, const uint32_t* p, int pairs, int c, float* acc) {
-  __m512 a[4][WIDE];
-#pragma GCC unroll 4
-  for (int h = 0; h < 4; h++)
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; v++) a[h][v] = _mm512_load_ps(acc + h * c + v * 16);
-  for (int i = 0; i < pairs; i++) {
-    __m512bh x[WIDE];
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; v++) x[v] = (__m512bh)_mm512_load_si512(values + (int64_t)i * c + v * 16);
-#pragma GCC unroll 4
-    for (int h = 0; h < 4; h++) {
-      __m512bh b = (__m512bh)_mm512_set1_epi32((int)p[i * HEADS + h]);
-#pragma GCC unroll 4
-      for (int v = 0; v < WIDE; v++) a[h][v] = _mm512_dpbf16_ps(a[h][v], x[v], b);
-    }
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < 4; h++)
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; v++) _mm512_store_ps(acc + h * c + v * 16, a[h][v]);
-}
-
-// Heads [from, to) of one row; c is a multiple of 32, r of 4. Scratch: q [groups][(c + r) / 4][16] dwords,
-// keys [128][c + r], values [64][c] dwords (pairs of keys), acc [groups * 8][c].
-void attend_bf16(const Problem& p, int64_t t, int from, int to, int32_t* rows, uint16_t* keys, uint32_t* q, uint32_t* values, float* acc) {
-  const int64_t wide = p.c + p.r;
-  const int groups = (to - from + HEADS - 1) / HEADS, steps = (p.c + p.r) / 4;
-  const int valid = storage_rows(p, t, p.k, rows);
-  memset(q, 0, (size_t)groups * steps * 64);
-  for (int h = 0; h < to - from; h++) {
-    const uint16_t *a = (const uint16_t*)p.q_latent + (t * p.heads + from + h) * p.c, *b = (const uint16_t*)p.q_rope + (t * p.heads + from + h) * p.r;
-    uint32_t* out = q + (size_t)(h / HEADS) * steps * 16 + h % HEADS * 2;
-    for (int s = 0; s < p.c / 4; s++) memcpy(out + s * 16, a + s * 4, 8);
-    for (int s = 0; s < p.r / 4; s++) memcpy(out + (p.c / 4 + s) * 16, b + s * 4, 8);
-  }
-  memset(acc, 0, (size_t)groups * HEADS * p.c * 4);
-  std::vector<float> state((size_t)groups * 2 * HEADS);  // per group: largest scores, sums of weights
-  for (int g = 0; g < groups; g++)
-    for (int h = 0; h < HEADS; h++) state[(size_t)(g * 2 * HEADS + h)] = -INFINITY;
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  alignas(64) float scores[CHUNK * HEADS];
-  alignas(64) uint32_t weights[CHUNK / 2 * HEADS];
-  for (int begin = 0; begin < valid; begin += CHUNK) {
-    int n = std::min(CHUNK, valid - begin), padded = (n + TOGETHER - 1) / TOGETHER * TOGETHER;
-    for (int j = 0; j < padded; j++) {  // behind the last key, that key again: its weight will be zero
-      int64_t row = rows[begin + std::min(j, n - 1)];
-      copy((const uint16_t*)p.latent + row * p.c, p.c, keys + j * wide);
-      copy((const uint16_t*)p.rope + row * p.r, p.r, keys + j * wide + p.c);
-    }
-    // What comes next: this row's next chunk, or the next row's first.
-    int32_t first[CHUNK];
-    const int32_t* next = first;
-    int ahead = 0;
-    if (begin + CHUNK < valid) next = rows + begin + CHUNK, ahead = std::min(CHUNK, valid - begin - CHUNK);
-    else if (t + 1 < p.count) ahead = storage_rows(p, t + 1, std::min(CHUNK, p.k), first);
-    for (int j = 0; j < ahead; j++) {
-      for (int b = 0; b < p.c; b += 32) __builtin_prefetch((const uint16_t*)p.latent + (int64_t)next[j] * p.c + b, 0, 2);
-      __builtin_prefetch((const uint16_t*)p.rope + (int64_t)next[j] * p.r, 0, 2);
-    }
-    for (int i = 0; i < padded / 2; i++)
-      for (int b = 0; b < p.c; b += 32) {
-        __m512i x = _mm512_loadu_si512(keys + 2 * i * wide + b), y = _mm512_loadu_si512(keys + (2 * i + 1) * wide + b);
-        _mm512_store_si512(values + (int64_t)i * p.c + b, _mm512_permutex2var_epi16(x, low, y));
-        _mm512_store_si512(values + (int64_t)i * p.c + b + 16, _mm512_permutex2var_epi16(x, high, y));
-      }
-    for (int g = 0; g < groups; g++) {
-      const uint32_t* qg = q + (size_t)g * steps * 16;
-      for (int j = 0; j < padded; j += TOGETHER) {
-        __m512 dot[TOGETHER];
-        dots(keys + j * wide, wide, qg, steps, dot);
-#pragma GCC unroll 16
-        for (int i = 0; i < TOGETHER; i++) {
-          __m512 both = _mm512_add_ps(dot[i], _mm512_permute_ps(dot[i], 0xB1));
-          __m256 eight = _mm256_castsi256_ps(_mm512_cvtepi64_epi32(_mm512_castps_si512(both)));
-          _mm256_store_ps(scores + (j + i) * HEADS, _mm256_mul_ps(eight, _mm256_set1_ps(p.scale)));
+        for (int j = 0; j < TOGETHER; j++) {
+          // As doubles, so that the load broadcasts; as integers gcc goes through a general register.
+          __m512d four = _mm512_broadcastsd_pd(_mm_load_sd((const double*)(keys + j * wide + (first + i) * 4)));
+          dot[j] = _mm512_dpbf16_ps(dot[j], query, (__m512bh)four);
         }
       }
-      for (int j = n; j < padded; j++)
-        for (int h = 0; h < HEADS; h++) scores[j * HEADS + h] = -INFINITY;
-      float *top = state.data() + g * 2 * HEADS, *total = top + HEADS;
-      __m512 most = _mm512_load_ps(scores);
-      for (int j = 2; j < padded; j += 2) most = _mm512_max_ps(most, _mm512_load_ps(scores + j * HEADS));
-      __m256 before = _mm256_loadu_ps(top);
-      __m256 now = _mm256_max_ps(before, _mm256_max_ps(_mm512_castps512_ps256(most), _mm512_extractf32x8_ps(most, 1)));
-      __m512 both = _mm512_insertf32x8(_mm512_castps256_ps512(now), now, 1), sum = _mm512_setzero_ps();
-      for (int i = 0; i < padded / 2; i++) {
-        __m512 e = vexp512(_mm512_sub_ps(_mm512_load_ps(scores + i * 16), both));
-        e = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_load_ps(scores + i * 16), _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ), e);
-        sum = _mm512_add_ps(sum, e);
-        __m256i x = (__m256i)_mm512_cvtneps_pbh(e);
-        __m128i a = _mm256_castsi256_si128(x), b = _mm256_extracti128_si256(x, 1);
-        _mm_store_si128((__m128i*)(weights + i * HEADS), _mm_unpacklo_epi16(a, b));
-        _mm_store_si128((__m128i*)(weights + i * HEADS + 4), _mm_unpackhi_epi16(a, b));
-      }
-      __m256 added = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1));
-      float* out = acc + (size_t)g * HEADS * p.c;
-      if (begin) {
-        alignas(64) float shrink[16];
-        _mm512_store_ps(shrink, vexp512(_mm512_castps256_ps512(_mm256_sub_ps(before, now))));
-        _mm256_storeu_ps(total, _mm256_fmadd_ps(_mm256_loadu_ps(total), _mm256_load_ps(shrink), added));
-        for (int h = 0; h < HEADS; h++)
-          if (shrink[h] != 1.f)
-            for (int v = 0; v < p.c; v += 16) _mm512_store_ps(out + h * p.c + v, _mm512_mul_ps(_mm512_load_ps(out + h * p.c + v), _mm512_set1_ps(shrink[h])));
-      } else {
-        _mm256_storeu_ps(total, added);
-      }
-      _mm256_storeu_ps(top, now);
-      for (int h = 0; h < HEADS; h += 4) {
-        if (from + g * HEADS + h >= to) break;
-        int v = 0;
-        for (; v + 64 <= p.c; v += 64) weigh<4>(values + v, weights + h, padded / 2, p.c, out + h * p.c + v);
-        for (; v < p.c; v += 32) weigh<2>(values + v, weights + h, padded / 2, p.c, out + h * p.c + v);
-      }
+      if (MOVE) moving.two(part, 2 * i, wide);
     }
   }
+}
+
+// acc[h][32 values] += p[h][key] * value[key] for eight heads, keys in pairs. Unpacking two rows puts pairs side by
+// side, but in another order (low: values 0-3, 8-11, ...; high: 4-7, ...), which lasts until `finish`.
+inline void weigh(const uint16_t* values, int64_t wide, const uint32_t* p, int pairs, int64_t c, float* acc) {
+  __m512 a[HEADS][2];
+#pragma GCC unroll 8
+  for (int h = 0; h < HEADS; h++) a[h][0] = _mm512_load_ps(acc + h * c), a[h][1] = _mm512_load_ps(acc + h * c + 16);
+  for (int i = 0; i < pairs; i++) {
+    __m512i x = _mm512_loadu_si512(values + 2 * i * wide), y = _mm512_loadu_si512(values + (2 * i + 1) * wide);
+    __m512bh low = (__m512bh)_mm512_unpacklo_epi16(x, y), high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+#pragma GCC unroll 8
+    for (int h = 0; h < HEADS; h++) {
+      __m512bh b = (__m512bh)_mm512_set1_epi32((int)p[i * HEADS + h]);
+      a[h][0] = _mm512_dpbf16_ps(a[h][0], low, b);
+      a[h][1] = _mm512_dpbf16_ps(a[h][1], high, b);
+    }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < HEADS; h++) _mm512_store_ps(acc + h * c, a[h][0]), _mm512_store_ps(acc + h * c + 16, a[h][1]);
+}
+
+struct Scratch {  // of one thread, for groups of eight heads
+  int64_t wide;  // of a key's row in scratch; the usual ones are known to the compiler
+  Aligned<uint16_t> key_rows;
+  Aligned<uint32_t> queries, weight_pairs;
+  Aligned<float> floats;
+  uint16_t* keys;         // [2][64][wide]
+  uint32_t *q, *weights;  // [groups][(c + r) / 4][16], [groups][32][8]
+  float *scores, *state, *acc;  // [groups][64][8], [groups][2][16] (largest scores, sums of weights), [groups * 8][c]
+  Scratch(const Problem& p, size_t groups)
+      : wide(p.c + p.r <= 128 ? 128 : p.c + p.r <= 608 ? 608 : (p.c + p.r + 31) / 32 * 32), key_rows((size_t)2 * CHUNK * wide), queries(groups * ((p.c + p.r) / 4) * 16), weight_pairs(groups * CHUNK / 2 * HEADS),
+        floats(groups * (CHUNK * HEADS + 32 + (size_t)HEADS * p.c)), keys(key_rows.data), q(queries.data), weights(weight_pairs.data),
+        scores(floats.data), state(scores + groups * CHUNK * HEADS), acc(state + groups * 32) {}
+};
+
+// Heads [from, to) of one row; c is a multiple of 32, r of 4. A vector of scores holds two keys: in each quarter
+// two heads of the one, then of the other.
+template <int WIDE> void attend_bf16(const Problem& p, int64_t t, int from, int to, int32_t* rows, const Scratch& s) {
+  uint32_t* q = s.q;
+  const int64_t wide = WIDE ? WIDE : s.wide, c = p.c, r = p.r;
+  const int groups = (to - from + HEADS - 1) / HEADS, steps = (int)(c + r) / 4;
+  const int valid = storage_rows(p, t, p.k, rows);
+  if (!valid) rows[0] = 0;  // not a Selection; nothing to read beyond it
+  memset(q, 0, (size_t)groups * steps * 64);
   for (int h = 0; h < to - from; h++) {
-    __m512 inverse = _mm512_set1_ps(1.f / state[(size_t)(h / HEADS * 2 * HEADS + HEADS + h % HEADS)]);
-    uint16_t* out = (uint16_t*)p.out + (t * p.heads + from + h) * p.c;
-    for (int v = 0; v < p.c; v += 16)
-      _mm256_storeu_si256((__m256i*)(out + v), (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_load_ps(acc + (size_t)h * p.c + v), inverse)));
+    const uint16_t *a = (const uint16_t*)p.q_latent + (t * p.heads + from + h) * c, *b = (const uint16_t*)p.q_rope + (t * p.heads + from + h) * r;
+    uint32_t* out = q + (size_t)(h / HEADS) * steps * 16 + h % HEADS * 2;
+    for (int s = 0; s < c / 4; s++) memcpy(out + s * 16, a + s * 4, 8);
+    for (int s = 0; s < r / 4; s++) memcpy(out + (c / 4 + s) * 16, b + s * 4, 8);
+  }
+  memset(s.acc, 0, (size_t)groups * HEADS * c * 4);
+  const __m512 scale = _mm512_set1_ps(p.scale * 1.44269504f);  // scores are powers of two from here on
+  const __m256i by_head = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  // Behind this row's keys: its last one again, to a multiple of 16 (of weight zero), and the next row's first.
+  int end = valid;
+  for (; end % TOGETHER; end++) rows[end] = rows[valid - 1];
+  const int more = t + 1 < p.count ? storage_rows(p, t + 1, std::min(p.k, AHEAD), rows + end) : 0;
+  for (int i = more; i < AHEAD; i++) rows[end + i] = rows[0];
+  Moving moving{(const uint16_t*)p.latent, (const uint16_t*)p.rope, c, r, rows, rows, s.keys};
+  moving.all(wide);
+  for (int begin = 0; begin < valid; begin += CHUNK) {
+    const int n = std::min(CHUNK, valid - begin), padded = std::min(CHUNK, end - begin);
+    uint16_t* keys = s.keys + begin / CHUNK % 2 * CHUNK * wide;  // of two chunks in turn
+    for (int j = 0; j < padded; j += TOGETHER) {
+      moving.next = rows + begin + j + TOGETHER;
+      moving.later = rows + std::min(begin + j + AHEAD, end + AHEAD - TOGETHER);
+      moving.to = s.keys + (begin + j + TOGETHER) % (2 * CHUNK) * wide;
+      for (int g = 0; g < groups; g++) {
+        __m512 dot[TOGETHER];
+        const uint32_t* qg = q + (size_t)g * steps * 16;
+        if (g) dots<false>(keys + j * wide, wide, steps, qg, dot, moving);
+        else dots<true>(keys + j * wide, wide, steps, qg, dot, moving);
+#pragma GCC unroll 8
+        for (int i = 0; i < TOGETHER; i += 2) {
+          __m512 two = _mm512_add_ps(_mm512_shuffle_ps(dot[i], dot[i + 1], 0x88), _mm512_shuffle_ps(dot[i], dot[i + 1], 0xDD));
+          _mm512_store_ps(s.scores + (g * CHUNK + j + i) * HEADS, _mm512_mul_ps(two, scale));
+        }
+      }
+    }
+    for (int g = 0; g < groups; g++) {
+      float *score = s.scores + g * CHUNK * HEADS, *top = s.state + g * 32, *total = top + 16;
+      for (int j = n; j < padded; j++)
+        for (int l = 0; l < 16; l++)
+          if (l % 4 / 2 == j % 2) score[j / 2 * 16 + l] = -INFINITY;
+      __m512 most = _mm512_load_ps(score);
+      for (int i = 1; i < padded / 2; i++) most = _mm512_max_ps(most, _mm512_load_ps(score + i * 16));
+      most = _mm512_max_ps(most, _mm512_permute_ps(most, 0x4E));  // of both keys
+      if (begin) most = _mm512_max_ps(most, _mm512_load_ps(top));
+      __m512 sum = _mm512_setzero_ps();
+      for (int i = 0; i < padded / 2; i++) {
+        __m512 e = exp2_512(_mm512_sub_ps(_mm512_load_ps(score + i * 16), most));
+        sum = _mm512_add_ps(sum, e);
+        _mm256_store_si256((__m256i*)(s.weights + (g * CHUNK / 2 + i) * HEADS), _mm256_shuffle_epi8((__m256i)_mm512_cvtneps_pbh(e), by_head));
+      }
+      sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
+      if (begin) {
+        alignas(64) float shrink[16];
+        __m512 less = exp2_512(_mm512_sub_ps(_mm512_load_ps(top), most));
+        _mm512_store_ps(shrink, less);
+        sum = _mm512_fmadd_ps(_mm512_load_ps(total), less, sum);
+        for (int h = 0; h < HEADS; h++)
+          if (float f = shrink[h / 2 * 4 + h % 2]; f != 1.f)
+            for (float* a = s.acc + (g * HEADS + h) * c; a < s.acc + (g * HEADS + h + 1) * c; a += 16)
+              _mm512_store_ps(a, _mm512_mul_ps(_mm512_load_ps(a), _mm512_set1_ps(f)));
+      }
+      _mm512_store_ps(top, most);
+      _mm512_store_ps(total, sum);
+    }
+    for (int v = 0; v < c; v += 32)
+      for (int g = 0; g < groups; g++) weigh(keys + v, wide, s.weights + g * CHUNK / 2 * HEADS, padded / 2, c, s.acc + (int64_t)g * HEADS * c + v);
+  }
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int h = 0; h < to - from; h++) {
+    __m512 inverse = _mm512_set1_ps(1.f / s.state[h / HEADS * 32 + 16 + h % HEADS / 2 * 4 + h % 2]);
+    uint16_t* out = (uint16_t*)p.out + (t * p.heads + from + h) * c;
+    for (int v = 0; v < c; v += 32) {
+      __m512 x = _mm512_mul_ps(_mm512_load_ps(s.acc + (size_t)h * c + v), inverse);
+      __m512 y = _mm512_mul_ps(_mm512_load_ps(s.acc + (size_t)h * c + v + 16), inverse);
+      __m512bh both = _mm512_cvtne2ps_pbh(_mm512_permutex2var_ps(x, high, y), _mm512_permutex2var_ps(x, low, y));
+      _mm512_storeu_si512(out + v, (__m512i)both);
+    }
   }
 }
 #endif
@@ -320,23 +345,25 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
   const int whole = pairs ? 8 : 4;
   int parts = count >= threads ? 1 : std::max(1, std::min(threads, heads / whole));
   int each = parts == 1 ? heads : ((heads + parts - 1) / parts + whole - 1) / whole * whole;
-  const size_t wide = (size_t)(c + r), padded = (size_t)(heads + 7) / 8 * 8;
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<int32_t> rows((size_t)k);
-    Aligned<float> keys(pairs ? CHUNK * wide / 2 : CHUNK * wide), values(CHUNK / 2 * (pairs ? (size_t)c : 2 * wide)), scores((size_t)heads * CHUNK),
-        q(pairs ? padded / 8 * (wide / 4) * 16 : heads * wide), acc(padded * (size_t)c);
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t n = 0; n < count * parts; n++) {
-      int from = (int)(n % parts) * each, to = std::min(heads, from + each);
-      if (from >= to) continue;
+    Aligned<int32_t> rows((size_t)k + TOGETHER + AHEAD);
 #ifdef __AVX512BF16__
-      if (pairs) {
-        attend_bf16(p, n / parts, from, to, rows.data, (uint16_t*)keys.data, (uint32_t*)q.data, (uint32_t*)values.data, acc.data);
-        continue;
-      }
+    if (pairs) {
+      Scratch s(p, (size_t)(heads + 7) / 8);
+      auto attend_one = s.wide == 128 ? attend_bf16<128> : s.wide == 608 ? attend_bf16<608> : attend_bf16<0>;
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t n = 0; n < count * parts; n++)
+        if (int from = (int)(n % parts) * each, to = std::min(heads, from + each); from < to) attend_one(p, n / parts, from, to, rows.data, s);
+    } else
 #endif
-      attend(p, n / parts, from, to, rows.data, keys.data, values.data, scores.data, q.data, acc.data);
+    {
+      const size_t wide = (size_t)(c + r);
+      Aligned<float> keys(CHUNK * wide), values(CHUNK * wide), scores((size_t)heads * CHUNK), q(heads * wide), acc((size_t)heads * c);
+#pragma omp for schedule(dynamic, 4)
+      for (int64_t n = 0; n < count * parts; n++)
+        if (int from = (int)(n % parts) * each, to = std::min(heads, from + each); from < to)
+          attend(p, n / parts, from, to, rows.data, keys.data, values.data, scores.data, q.data, acc.data);
     }
   }
 }

@@ -1,0 +1,184 @@
+// Products of rows with weights' rows, y[t, o] = x[t] . w[o], whose bits depend on the row and the weights alone.
+//
+// Lanes of a vector are outputs, so an output is one chain of sums over the inputs in order (bf16: in pairs), for
+// one row as for thousands. Weights lie as in the checkpoint, [outputs, inputs], and are turned on the way: in
+// registers for a few rows, into a panel of outputs that stays in the cache for many.
+#pragma once
+#include "common.h"
+
+namespace {
+#if defined(__AVX512F__)
+constexpr int VECTORS = 4, ROWS = 6;  // a tile of registers: outputs in vectors, rows
+#elif defined(__AVX__)
+constexpr int VECTORS = 2, ROWS = 6;
+#else
+constexpr int VECTORS = 2, ROWS = 4;
+#endif
+constexpr int PANEL = VECTORS * LANES;  // outputs side by side
+constexpr int CHUNK_ROWS = 32 * ROWS;   // that share a panel and its sums
+constexpr int DEPTH = 512;              // dwords of inputs in a panel
+
+template <class X> struct Dot;  // X's arithmetic, a dword of inputs at a time
+template <> struct Dot<float> {
+  static constexpr int PER = 1;
+  typedef vf vec;
+  static vec add(vec sum, vi w, const float* x) { return sum + (vec)w * splat(*x); }
+};
+#ifdef __AVX512BF16__
+template <> struct Dot<uint16_t> {
+  static constexpr int PER = 2;
+  typedef __m512 vec;
+  static vec add(vec sum, vi w, const uint16_t* x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+  }
+};
+#endif
+
+inline void put(float* to, float x) { *to = x; }
+inline void put(uint16_t* to, float x) { *to = narrow(x); }
+inline void put_all(float* to, const float* from, int n) { memcpy(to, from, (size_t)n * 4); }
+inline void put_all(uint16_t* to, const float* from, int n) {
+  int i = 0;
+#ifdef __AVX512BF16__
+  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+#endif
+  for (; i < n; i++) to[i] = narrow(from[i]);
+}
+
+#if defined(__AVX512F__)
+#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 16, high + 1, high + 17, high + 2, high + 18, high + 3, high + 19, \
+  high + 4, high + 20, high + 5, high + 21, high + 6, high + 22, high + 7, high + 23)
+#elif defined(__AVX__)
+#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 8, high + 1, high + 9, high + 2, high + 10, high + 3, high + 11)
+#else
+#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 4, high + 1, high + 5)
+#endif
+
+// Rows of dwords become columns.
+inline __attribute__((always_inline)) void transpose(vi* t) {
+#pragma GCC unroll 4
+  for (int stage = 1; stage < LANES; stage *= 2) {
+    vi u[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      u[2 * i] = INTERLEAVE(t[i], t[i + LANES / 2], 0);
+      u[2 * i + 1] = INTERLEAVE(t[i], t[i + LANES / 2], (LANES / 2));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) t[i] = u[i];
+  }
+}
+
+// LANES dwords of `count` weights' rows, zeros where there is nothing, as columns.
+template <class X> inline __attribute__((always_inline)) void columns(const X* w, int64_t stride, int count, int inputs, vi* t) {
+  if (count >= LANES && inputs >= LANES * Dot<X>::PER) {
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; r++) memcpy(&t[r], w + r * stride, sizeof(vi));
+  } else {
+    for (int r = 0; r < LANES; r++) {
+      t[r] = vi{};
+      if (r < count) memcpy(&t[r], w + r * stride, std::min(sizeof(vi), (size_t)inputs * sizeof(X)));
+    }
+  }
+  transpose(t);
+}
+
+// Up to ROWS rows with one vector of outputs, straight from the weights: sums [M][LANES].
+template <class X, int M> inline void few(const X* const* x, const X* w, int64_t stride, int count, int inputs, float* sums) {
+  typedef Dot<X> D;
+  typename D::vec a[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) a[m] = typename D::vec{};
+  for (int k = 0; k < inputs; k += LANES * D::PER) {
+    vi t[LANES];
+    columns(w + k, stride, count, inputs - k, t);
+    if (inputs - k >= LANES * D::PER) {
+#pragma GCC unroll 16
+      for (int j = 0; j < LANES; j++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) a[m] = D::add(a[m], t[j], x[m] + k + j * D::PER);
+    } else {
+      for (int j = 0; j * D::PER < inputs - k; j++)
+        for (int m = 0; m < M; m++) a[m] = D::add(a[m], t[j], x[m] + k + j * D::PER);
+    }
+  }
+  for (int m = 0; m < M; m++) memcpy(sums + m * LANES, &a[m], sizeof a[m]);
+}
+
+template <class X, int M, int V> inline void tile(const X* const* x, int from, const uint32_t* panel, int dwords, float* sums) {
+  typedef Dot<X> D;
+  typename D::vec a[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) memcpy(&a[m][v], sums + m * PANEL + v * LANES, sizeof(vf));
+  for (int d = 0; d < dwords; d++) {
+    vi w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) w[v] = *(const vi*)(panel + (int64_t)d * PANEL + v * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) a[m][v] = D::add(a[m][v], w[v], x[m] + from + d * D::PER);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) memcpy(sums + m * PANEL + v * LANES, &a[m][v], sizeof(vf));
+}
+
+// Calls f<M> for M rows, 1 to ROWS.
+#define FOR_ROWS(rows, CALL) \
+  switch (rows) { \
+    case 1: CALL(1); break; \
+    case 2: CALL(2); break; \
+    case 3: CALL(3); break; \
+    case 4: CALL(4); break; \
+    case 5: CALL((ROWS < 5 ? 1 : 5)); break; \
+    default: CALL(ROWS); \
+  }
+
+template <class X> struct Products {  // scratch of one thread
+  Aligned<uint32_t> panel{(size_t)DEPTH * PANEL};
+  Aligned<float> sums{(size_t)CHUNK_ROWS * PANEL};
+  const X* packed = nullptr;
+  int64_t packed_from = -1;
+
+  // sums[t][o] for at most CHUNK_ROWS rows and PANEL outputs of weights w, `count` of which exist.
+  void run(const X* const* x, int rows, const X* w, int64_t stride, int count, int inputs) {
+    typedef Dot<X> D;
+    const int vectors = (count + LANES - 1) / LANES;
+    if (rows <= ROWS) {
+      float out[ROWS * LANES];
+      for (int v = 0; v < vectors; v++) {
+#define CALL(M) few<X, M>(x, w + (int64_t)v * LANES * stride, stride, count - v * LANES, inputs, out)
+        FOR_ROWS(rows, CALL)
+#undef CALL
+        for (int m = 0; m < rows; m++) memcpy(sums.data + m * PANEL + v * LANES, out + m * LANES, sizeof(vf));
+      }
+      return;
+    }
+    memset(sums.data, 0, (size_t)rows * PANEL * 4);
+    for (int from = 0; from < inputs; from += DEPTH * D::PER) {
+      int some = std::min(DEPTH * D::PER, inputs - from), dwords = (some + D::PER - 1) / D::PER;
+      if (packed != w || packed_from != from) {
+        packed = w, packed_from = from;
+        for (int v = 0; v < vectors; v++)
+          for (int k = 0; k < some; k += LANES * D::PER) {
+            vi t[LANES];
+            columns(w + from + (int64_t)v * LANES * stride + k, stride, count - v * LANES, some - k, t);
+            for (int j = 0; j < LANES && k / D::PER + j < dwords; j++) *(vi*)(panel.data + (int64_t)(k / D::PER + j) * PANEL + v * LANES) = t[j];
+          }
+      }
+      for (int t = 0; t < rows; t += ROWS) {
+#define CALL(M) vectors > VECTORS / 2 ? tile<X, M, VECTORS>(x + t, from, panel.data, dwords, sums.data + t * PANEL) \
+                                      : tile<X, M, VECTORS / 2>(x + t, from, panel.data, dwords, sums.data + t * PANEL)
+        FOR_ROWS(std::min(ROWS, rows - t), CALL)
+#undef CALL
+      }
+    }
+  }
+};
+}  // namespace
