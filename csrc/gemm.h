@@ -56,6 +56,11 @@ inline void put_all(uint16_t* to, const float* from, int n) {
 #define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 4, high + 1, high + 5)
 #endif
 
+template <class X> inline vf rounded(vf x) { return x; }
+#ifdef __AVX512BF16__
+template <> inline vf rounded<uint16_t>(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16)); }
+#endif
+
 // Rows of dwords become columns.
 inline __attribute__((always_inline)) void transpose(vi* t) {
 #pragma GCC unroll 4
@@ -85,15 +90,38 @@ template <class X> inline __attribute__((always_inline)) void columns(const X* w
   transpose(t);
 }
 
+// The same from weights that lie the other way, [inputs, outputs]: nothing to turn, bf16 rows go in pairs.
+template <class X> inline void columns_along(const X* w, int64_t stride, int count, int inputs, vi* t) {
+  constexpr int PER = Dot<X>::PER;
+  for (int j = 0; j < LANES; j++) {
+    X pairs[LANES * PER] = {};
+    for (int i = 0; i < PER && j * PER + i < inputs; i++)
+      for (int l = 0; l < std::min(LANES, count); l++) pairs[l * PER + i] = w[(j * PER + i) * stride + l];
+    memcpy(&t[j], pairs, sizeof(vi));
+  }
+}
+
+// Where weights lie: an output's inputs side by side, or an input's outputs.
+template <class X> struct Matrix {
+  const X* at;
+  int64_t stride;
+  bool along;
+  Matrix from(int64_t output, int64_t input) const { return {at + (along ? input * stride + output : output * stride + input), stride, along}; }
+  inline __attribute__((always_inline)) void dwords(int count, int inputs, vi* t) const {
+    if (along) columns_along(at, stride, count, inputs, t);
+    else columns(at, stride, count, inputs, t);
+  }
+};
+
 // Up to ROWS rows with one vector of outputs, straight from the weights: sums [M][LANES].
-template <class X, int M> inline void few(const X* const* x, const X* w, int64_t stride, int count, int inputs, float* sums) {
+template <class X, int M> inline void few(const X* const* x, const Matrix<X>& w, int count, int inputs, float* sums) {
   typedef Dot<X> D;
   typename D::vec a[M];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++) a[m] = typename D::vec{};
   for (int k = 0; k < inputs; k += LANES * D::PER) {
     vi t[LANES];
-    columns(w + k, stride, count, inputs - k, t);
+    w.from(0, k).dwords(count, inputs - k, t);
     if (inputs - k >= LANES * D::PER) {
 #pragma GCC unroll 16
       for (int j = 0; j < LANES; j++)
@@ -140,6 +168,21 @@ template <class X, int M, int V> inline void tile(const X* const* x, int from, c
     default: CALL(ROWS); \
   }
 
+// An odd number of bf16 inputs is read in pairs: such rows are copied, a zero behind them.
+template <class X> struct Inputs {
+  std::vector<const X*> rows;
+  std::vector<X> copy;
+  Inputs(const X* x, int64_t count, int64_t step, int inputs) : rows((size_t)count) {
+    const int even = (inputs + Dot<X>::PER - 1) / Dot<X>::PER * Dot<X>::PER;
+    if (even != inputs) {
+      copy.assign((size_t)(count * even), X{});
+      for (int64_t t = 0; t < count; t++) std::copy(x + t * step, x + t * step + inputs, copy.begin() + t * even);
+      x = copy.data(), step = even;
+    }
+    for (int64_t t = 0; t < count; t++) rows[(size_t)t] = x + t * step;
+  }
+};
+
 template <class X> struct Products {  // scratch of one thread
   Aligned<uint32_t> panel{(size_t)DEPTH * PANEL};
   Aligned<float> sums{(size_t)CHUNK_ROWS * PANEL};
@@ -147,13 +190,13 @@ template <class X> struct Products {  // scratch of one thread
   int64_t packed_from = -1;
 
   // sums[t][o] for at most CHUNK_ROWS rows and PANEL outputs of weights w, `count` of which exist.
-  void run(const X* const* x, int rows, const X* w, int64_t stride, int count, int inputs) {
+  void run(const X* const* x, int rows, const Matrix<X>& w, int count, int inputs) {
     typedef Dot<X> D;
     const int vectors = (count + LANES - 1) / LANES;
     if (rows <= ROWS) {
       float out[ROWS * LANES];
       for (int v = 0; v < vectors; v++) {
-#define CALL(M) few<X, M>(x, w + (int64_t)v * LANES * stride, stride, count - v * LANES, inputs, out)
+#define CALL(M) few<X, M>(x, w.from(v * LANES, 0), count - v * LANES, inputs, out)
         FOR_ROWS(rows, CALL)
 #undef CALL
         for (int m = 0; m < rows; m++) memcpy(sums.data + m * PANEL + v * LANES, out + m * LANES, sizeof(vf));
@@ -163,12 +206,12 @@ template <class X> struct Products {  // scratch of one thread
     memset(sums.data, 0, (size_t)rows * PANEL * 4);
     for (int from = 0; from < inputs; from += DEPTH * D::PER) {
       int some = std::min(DEPTH * D::PER, inputs - from), dwords = (some + D::PER - 1) / D::PER;
-      if (packed != w || packed_from != from) {
-        packed = w, packed_from = from;
+      if (packed != w.at || packed_from != from) {
+        packed = w.at, packed_from = from;
         for (int v = 0; v < vectors; v++)
           for (int k = 0; k < some; k += LANES * D::PER) {
             vi t[LANES];
-            columns(w + from + (int64_t)v * LANES * stride + k, stride, count - v * LANES, some - k, t);
+            w.from(v * LANES, from + k).dwords(count - v * LANES, some - k, t);
             for (int j = 0; j < LANES && k / D::PER + j < dwords; j++) *(vi*)(panel.data + (int64_t)(k / D::PER + j) * PANEL + v * LANES) = t[j];
           }
       }

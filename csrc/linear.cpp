@@ -1,45 +1,35 @@
-// y = x W^T for rows that stand `step` values apart, and the same head by head (architecture spec 2.4).
+// y = x W^T, head by head where there are several (architecture spec 2.4).
 #include "gemm.h"
 
 namespace {
-// An odd number of bf16 inputs is read in pairs: such rows are copied, a zero behind them.
-template <class X> struct Inputs {
-  std::vector<const X*> rows;
-  std::vector<X> copy;
-  Inputs(const X* x, int64_t count, int64_t step, int inputs) : rows((size_t)count) {
-    const int even = (inputs + Dot<X>::PER - 1) / Dot<X>::PER * Dot<X>::PER;
-    if (even != inputs) {
-      copy.assign((size_t)(count * even), X{});
-      for (int64_t t = 0; t < count; t++) std::copy(x + t * step, x + t * step + inputs, copy.begin() + t * even);
-      x = copy.data(), step = even;
-    }
-    for (int64_t t = 0; t < count; t++) rows[(size_t)t] = x + t * step;
-  }
-};
+struct Strides { int64_t row, head; };  // in values
 
-template <class X> void run(const X* x, int64_t step, const X* w, int64_t count, int inputs, int outputs, X* y, int threads) {
-  const Inputs<X> in(x, count, step, inputs);
+template <class X>
+void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t count, int heads, int inputs, int outputs, X* y, int threads) {
+  std::vector<Inputs<X>> in;
+  for (int h = 0; h < heads; h++) in.emplace_back(x + h * xs.head, count, xs.row, inputs);
   const int64_t chunks = (count + CHUNK_ROWS - 1) / CHUNK_ROWS, panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads)
   {
     Products<X> products;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < panels * chunks; i++) {
-      int64_t o = i / chunks * PANEL, t = i % chunks * CHUNK_ROWS;
-      int rows = (int)std::min<int64_t>(CHUNK_ROWS, count - t), some = (int)std::min<int64_t>(PANEL, outputs - o);
-      products.run(in.rows.data() + t, rows, w + o * inputs, inputs, some, inputs);
-      for (int r = 0; r < rows; r++) put_all(y + (t + r) * outputs + o, products.sums.data + r * PANEL, some);
+    for (int64_t i = 0; i < heads * panels * chunks; i++) {
+      const int64_t h = i / chunks / panels, o = i / chunks % panels * PANEL, t = i % chunks * CHUNK_ROWS;
+      const int rows = (int)std::min<int64_t>(CHUNK_ROWS, count - t), some = (int)std::min<int64_t>(PANEL, outputs - o);
+      products.run(in[(size_t)h].rows.data() + t, rows, Matrix<X>{w + h * ws.head, ws.row, along}.from(o, 0), some, inputs);
+      for (int r = 0; r < rows; r++) put_all(y + ((t + r) * heads + h) * outputs + o, products.sums.data + r * PANEL, some);
     }
   }
 }
 }  // namespace
 
-// x [count, inputs] with rows `step` apart, w [outputs, inputs], y [count, outputs]. Returns 0, or 1 if this
-// library has no bf16 products.
-EXPORT int nanoglm_linear(int bf16, const void* x, int64_t step, const void* w, int64_t count, int inputs, int outputs, void* y, int threads) {
-  if (!bf16) return run((const float*)x, step, (const float*)w, count, inputs, outputs, (float*)y, threads), 0;
+// x [count, heads, inputs], w [heads, outputs, inputs] (along: [heads, inputs, outputs]) with these strides,
+// y [count, heads, outputs]. Returns 0, or 1 if this library has no bf16 products.
+EXPORT int nanoglm_linear(int bf16, const void* x, int64_t x_row, int64_t x_head, const void* w, int64_t w_row, int64_t w_head, int along, int64_t count, int heads,
+                          int inputs, int outputs, void* y, int threads) {
+  if (!bf16) return run((const float*)x, {x_row, x_head}, (const float*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (float*)y, threads), 0;
 #ifdef __AVX512BF16__
-  return run((const uint16_t*)x, step, (const uint16_t*)w, count, inputs, outputs, (uint16_t*)y, threads), 0;
+  return run((const uint16_t*)x, {x_row, x_head}, (const uint16_t*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (uint16_t*)y, threads), 0;
 #else
   return 1;
 #endif

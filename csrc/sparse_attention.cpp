@@ -1,12 +1,12 @@
 // Absorbed latent attention over the selected rows only (architecture spec 2.5).
 //
-// One query row: gather up to 128 selected latents and ropes, scores for all heads, online softmax, weighted
-// sum of latents. Sums run over fixed chunks of 128 selected keys in order, so a row's bits depend on its
+// One query row: gather up to 64 selected latents and ropes, scores for all heads, online softmax, weighted
+// sum of latents. Sums run over fixed chunks of 64 selected keys in order, so a row's bits depend on its
 // Selection alone. Work is split over rows and heads, never over keys.
 #include "common.h"
 
 namespace {
-constexpr int CHUNK = 64;
+constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 64;  // keys: of a sum, of one pass over the queries, fetched ahead
 
 struct Problem {
   int bf16;
@@ -142,7 +142,7 @@ void attend(const Problem& p, int64_t t, int from, int to, int32_t* rows, float*
 // bf16 without transposing keys. Eight heads go together: a key's next four values are broadcast to all lanes
 // as two pairs, lane 2h meets head h's first pair and lane 2h + 1 its second, and one addition of neighbours
 // at the end gives the score.
-constexpr int HEADS = 8, TOGETHER = 16, AHEAD = 64;
+constexpr int HEADS = 8;
 
 inline __m512 exp2_512(__m512 x) {  // relative error below 3e-7; a denormal or 0 below -126
   x = _mm512_max_ps(x, _mm512_set1_ps(-200.f));

@@ -41,9 +41,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        x = x_TD.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (x * self.weight.float()).to(x_TD.dtype)
+        return ops.rms_norm(x_TD, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -80,9 +78,7 @@ class Rotary:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, R] or [T, H, R] -> the same shape and dtype, rotated."""
-        cos, sin = (self.cos, self.sin) if x.ndim == 2 else (self.cos[:, None], self.sin[:, None])
-        even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+        return ops.rotate(x, self.cos, self.sin)
 
 
 class MLP(nn.Module):
@@ -95,4 +91,4 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(ops.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return ops.mlp(x_TD, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)

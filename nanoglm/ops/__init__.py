@@ -18,13 +18,54 @@ from torch import Tensor
 
 from nanoglm.ops import cpu, torch_tiled
 from nanoglm.ops.batch import Batch
-from nanoglm.ops.torch_tiled import dense_attention, headwise, linear, sigmoid, silu, top
+from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
     "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "headwise", "index_append",
-    "index_pool", "linear", "select", "sigmoid", "silu", "sparse_attention", "top",
+    "index_pool", "linear", "mlp", "rms_norm", "rotate", "select", "sigmoid", "silu", "sparse_attention", "top",
 ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ rows by themselves
+# Composites of PyTorch's own operators for autograd and tracing; plain inference on a CPU has kernels.
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] with weight [out, in] -> [T, out]; a row's bits do not depend on T."""
+    lib = cpu.direct(x, weight)
+    y = lib.linear(x, weight) if lib else None
+    return torch_tiled.linear(x, weight) if y is None else y
+
+
+def headwise(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, H, a] with weight [H, a, b] -> [T, H, b]; a row's bits do not depend on T."""
+    lib = cpu.direct(x, weight)
+    y = lib.headwise(x, weight) if lib else None
+    return torch_tiled.headwise(x, weight) if y is None else y
+
+
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """SwiGLU, (silu(x gateᵀ) * (x upᵀ)) downᵀ: x [T, D], gate and up [W, D], down [D, W] -> [T, D]."""
+    lib = cpu.direct(x, gate, up, down)
+    y = lib.mlp(x, gate, up, down) if lib else None
+    return linear(silu(linear(x, gate)) * linear(x, up), down) if y is None else y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w * x / sqrt(mean(x²) + eps) over the last of two dims, in fp32, cast once (architecture spec 2.2)."""
+    lib = cpu.direct(x, weight)
+    return lib.rms_norm(x, weight, eps) if lib else torch_tiled.rms_norm(x, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved RoPE in fp32, in place of its pair: x [T, R] or [T, H, R], cos and sin fp32 [T, R / 2]."""
+    lib = cpu.direct(x)
+    return lib.rotate(x, cos, sin) if lib else torch_tiled.rotate(x, cos, sin)
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Places of the k largest fp32 scores [T, n] under the total tie rule, best first: int64 [T, k]."""
+    lib = cpu.direct(scores) if scores.dtype is torch.float32 else None
+    return lib.top(scores, k) if lib else torch_tiled.top(scores, k)
 
 
 # ------------------------------------------------------------------------------ selection
@@ -59,7 +100,8 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int) -> Te
         int32 [T, k], logical positions ascending, -1 after the valid ones. No gradient.
     """
     q, weights, keys = q.detach(), weights.detach(), keys.detach()
-    return _select(q, weights, keys, batch.table, batch.page_size, batch.borders, batch.lengths, k)
+    run = cpu.select if cpu.direct(q) else _select
+    return run(q, weights, keys, batch.table, batch.page_size, batch.borders, batch.lengths, k)
 
 
 # ------------------------------------------------------------------------------ attention
@@ -120,26 +162,20 @@ def sparse_attention(
     Returns:
         [T, H, C], the attended latent. Differentiable in the four float inputs.
     """
-    return _sparse_attention(
-        q_latent, q_rope, latent, rope, selection, batch.requests, batch.table, batch.page_size, scale
-    )
+    run = cpu.sparse_attention if cpu.direct(q_latent, q_rope, latent, rope) else _sparse_attention
+    return run(q_latent, q_rope, latent, rope, selection, batch.requests, batch.table, batch.page_size, scale)
 
 
 # ------------------------------------------------------------------------------ experts
 @torch.library.custom_op("nanoglm::experts", mutates_args=())
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Routed SwiGLU experts, grouped by expert inside (architecture spec 2.9).
-
-    x [T, D], ids int64 [T, k], weights fp32 [T, k], gate_up [E, 2W, D] (gate rows first),
-    down [E, D, W] -> [T, D]. Differentiable in all but ids.
-    """
+def _experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return torch_tiled.experts(x, ids, weights, gate_up, down)
 
 
-experts.register_kernel("cpu")(cpu.experts)
+_experts.register_kernel("cpu")(cpu.experts)
 
 
-@experts.register_fake
+@_experts.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
@@ -165,19 +201,34 @@ def _experts_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_x, None, d_weights, d_gate_up, d_down
 
 
-experts.register_autograd(_experts_grad, setup_context=_experts_setup)
+_experts.register_autograd(_experts_grad, setup_context=_experts_setup)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Routed SwiGLU experts, grouped by expert inside (architecture spec 2.9).
+
+    x [T, D], ids int64 [T, k], weights fp32 [T, k], gate_up [E, 2W, D] (gate rows first),
+    down [E, D, W] -> [T, D]. Differentiable in all but ids.
+    """
+    run = cpu.experts if cpu.direct(x, gate_up, down) and not weights.requires_grad else _experts
+    return run(x, ids, weights, gate_up, down)
 
 
 # ------------------------------------------------------------------------------ cache
 @torch.library.custom_op("nanoglm::cache_append", mutates_args=("pool",))
-def cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Writes values [T, dim] into pool [pages, page_size, dim] at storage rows slots int64 [T]."""
-    pool.flatten(0, 1).index_copy_(0, slots, values.to(pool.dtype))
+def _cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
+    torch_tiled.cache_append(pool, values, slots)
 
 
-@cache_append.register_fake
+@_cache_append.register_fake
 def _(pool: Tensor, values: Tensor, slots: Tensor) -> None:
     return None
+
+
+def cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Writes values [T, dim] into pool [pages, page_size, dim] at storage rows slots int64 [T]."""
+    run = torch_tiled.cache_append if cpu.direct(pool, values) else _cache_append
+    run(pool, values, slots)
 
 
 def index_pool(
@@ -190,14 +241,16 @@ def index_pool(
 
 
 @torch.library.custom_op("nanoglm::index_append", mutates_args=("pool",))
-def index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
-    """Writes index keys [T, I] into a pool of :func:`index_pool` at storage rows slots int64 [T]."""
-    if pool.ndim == 3:
-        pool.flatten(0, 1).index_copy_(0, slots, keys.to(pool.dtype))
-    else:
-        cpu.append_packed(pool, keys.to(pool.dtype), slots)
+def _index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+    (torch_tiled.cache_append if pool.ndim == 3 else cpu.append_packed)(pool, keys, slots)
 
 
-@index_append.register_fake
+@_index_append.register_fake
 def _(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     return None
+
+
+def index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+    """Writes index keys [T, I] into a pool of :func:`index_pool` at storage rows slots int64 [T]."""
+    run = cpu.append_packed if cpu.direct(keys) and pool.ndim > 3 else _index_append
+    run(pool, keys, slots)

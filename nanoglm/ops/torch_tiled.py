@@ -60,6 +60,21 @@ def silu(x: Tensor) -> Tensor:
     return (wide * sigmoid(wide)).to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """w * x / sqrt(mean(x²) + eps); statistics and product in fp32, one cast."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * weight.float()).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (x_2i, x_2i+1) of x [T, R] or [T, H, R] turned by the angles of cos and sin [T, R / 2]."""
+    if x.ndim == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
 # ------------------------------------------------------------------------------ selection
 def sort_keys(scores: Tensor, positions: Tensor) -> Tensor:
     """The total tie rule as one int64: higher score first, -0.0 = +0.0, then lower position.
@@ -292,3 +307,9 @@ def experts_backward(
         d_gate_up[expert] = d_both.mT @ x_rows
         d_x.index_add_(0, rows, d_both @ gate_up[expert])
     return d_x, d_weights, d_gate_up, d_down
+
+
+# ------------------------------------------------------------------------------ cache
+def cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Writes values [T, dim] into pool [pages, page_size, dim] at storage rows slots int64 [T]."""
+    pool.flatten(0, 1).index_copy_(0, slots, values.to(pool.dtype))

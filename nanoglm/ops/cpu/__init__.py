@@ -28,6 +28,17 @@ FOLDER = Path(__file__).parent  # of the libraries
 GROUP, BLOCK = 16, 64
 DTYPES = (torch.float32, torch.bfloat16)
 _FEW_PRODUCTS = 1 << 17  # below that, waking a second thread costs more than it does
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
+_SIGNATURES = {  # of csrc's exported functions
+    "select": "ippppqppqiiipi",
+    "sparse_attention": "ipppppppqqqiiiifpi",
+    "experts": "ippppppqqqiiiipi",
+    "linear": "ipqqpqqiqiiipi",
+    "rms_norm": "ipqpfqipi",
+    "rotate": "ipqqppqiipi",
+    "top": "pqiipi",
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,9 @@ class Library:
         q, weights, table = _even(q).contiguous(), weights.float().contiguous(), table.int().contiguous()
         out = torch.empty(q.shape[0], k, dtype=torch.int32)
         self.handle.nanoglm_select(
-            _bf16(q), _at(q), _at(weights), _at(packed), _at(table), _long(table.shape[1]), _longs(borders),
-            _longs(lengths), _long(len(lengths)), q.shape[1], q.shape[2], k, _at(out), torch.get_num_threads(),
+            _bf16(q), q.data_ptr(), weights.data_ptr(), packed.data_ptr(), table.data_ptr(), table.shape[1],
+            _longs(borders), _longs(lengths), len(lengths), q.shape[1], q.shape[2], k, out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -60,9 +72,9 @@ class Library:
         out = torch.empty_like(q_latent)
         count, heads, c = q_latent.shape
         self.handle.nanoglm_sparse_attention(
-            _bf16(q_latent), _at(q_latent), _at(q_rope), _at(latent), _at(rope), _at(selection), _at(requests),
-            _at(table), _long(table.shape[1]), _long(page_size), _long(count), heads, c, rope.shape[1],
-            selection.shape[1], ctypes.c_float(scale), _at(out), torch.get_num_threads(),
+            _bf16(q_latent), q_latent.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), rope.data_ptr(),
+            selection.data_ptr(), requests.data_ptr(), table.data_ptr(), table.shape[1], page_size, count, heads, c,
+            rope.shape[1], selection.shape[1], scale, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -72,12 +84,82 @@ class Library:
         gate_up, down = gate_up.contiguous(), down.contiguous()
         out = torch.empty_like(x)
         experts, dim, width = down.shape
-        few = x.shape[0] * ids.shape[1] * dim * width < _FEW_PRODUCTS
+        gate = gate_up.data_ptr()
         failed = self.handle.nanoglm_experts(
-            _bf16(x), _at(x), _at(ids), _at(weights), _at(gate_up), _at(down), _long(x.shape[0]), ids.shape[1], experts,
-            dim, width, _at(out), 1 if few else torch.get_num_threads(),
+            _bf16(x), x.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate, gate + width * dim * x.element_size(),
+            down.data_ptr(), 2 * width * dim, width * dim, x.shape[0], ids.shape[1], experts, dim, width,
+            out.data_ptr(), _threads(ids.numel() * dim * width),
         )  # fmt: skip
         return None if failed else out
+
+    def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+        """SwiGLU of x [T, D]; None as above."""
+        x, gate, up, down = x.contiguous(), gate.contiguous(), up.contiguous(), down.contiguous()
+        out = torch.empty_like(x)
+        dim, width = down.shape
+        failed = self.handle.nanoglm_experts(
+            _bf16(x), x.data_ptr(), None, None, gate.data_ptr(), up.data_ptr(), down.data_ptr(), 0, 0, x.shape[0], 1, 1,
+            dim, width, out.data_ptr(), _threads(x.shape[0] * dim * width),
+        )  # fmt: skip
+        return None if failed else out
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """x [T, in] with weight [out, in] -> [T, out]; None as above."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        weight = weight.contiguous()
+        (count, inputs), outputs = x.shape, weight.shape[0]
+        y = x.new_empty(count, outputs)
+        failed = self.handle.nanoglm_linear(
+            _bf16(x), x.data_ptr(), x.stride(0), 0, weight.data_ptr(), inputs, 0, 0, count, 1, inputs, outputs,
+            y.data_ptr(), _threads(count * inputs * outputs),
+        )  # fmt: skip
+        return None if failed else y
+
+    def headwise(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """x [T, H, a] with weight [H, a, b] -> [T, H, b]; None as above."""
+        if x.stride(2) != 1:
+            x = x.contiguous()
+        if 1 not in weight.stride()[1:]:
+            weight = weight.contiguous()
+        along = weight.stride(2) == 1
+        (count, heads, inputs), outputs = x.shape, weight.shape[2]
+        y = x.new_empty(count, heads, outputs)
+        failed = self.handle.nanoglm_linear(
+            _bf16(x), x.data_ptr(), x.stride(0), x.stride(1), weight.data_ptr(), weight.stride(1 if along else 2),
+            weight.stride(0), along, count, heads, inputs, outputs, y.data_ptr(),
+            _threads(count * heads * inputs * outputs),
+        )  # fmt: skip
+        return None if failed else y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, D] -> the same shape."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(x.shape)
+        self.handle.nanoglm_rms_norm(
+            _bf16(x), x.data_ptr(), x.stride(0), weight.data_ptr(), eps, *x.shape, y.data_ptr(), _threads(x.numel())
+        )
+        return y
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, R] or [T, H, R] -> the same shape, rotated."""
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(x.shape)
+        heads, head_step = (1, 0) if x.ndim == 2 else (x.shape[1], x.stride(1))
+        self.handle.nanoglm_rotate(
+            _bf16(x), x.data_ptr(), x.stride(0), head_step, cos.data_ptr(), sin.data_ptr(), x.shape[0], heads,
+            x.shape[-1], y.data_ptr(), _threads(x.numel()),
+        )  # fmt: skip
+        return y
+
+    def top(self, scores: Tensor, k: int) -> Tensor:
+        """fp32 [T, n] -> int64 [T, k]."""
+        scores = scores.contiguous()
+        (count, n), out = scores.shape, torch.empty(scores.shape[0], k, dtype=torch.int64)
+        self.handle.nanoglm_top(scores.data_ptr(), count, n, k, out.data_ptr(), _threads(scores.numel() * k))
+        return out
 
 
 @cache
@@ -88,7 +170,9 @@ def library(name: str) -> Library | str:
         return f"{name}: not built (no compiler at installation, or it refused)"
     try:
         handle = ctypes.CDLL(str(file))
-    except OSError as error:
+        for function, signature in _SIGNATURES.items():
+            getattr(handle, f"nanoglm_{function}").argtypes = [_TYPES[letter] for letter in signature]
+    except (OSError, AttributeError) as error:
         return f"{name}: cannot be loaded ({error})"
     if not handle.nanoglm_supported():
         return f"{name}: this processor does not support it"
@@ -100,6 +184,18 @@ def best() -> Library | None:
     """The best library this processor runs; None if there is none."""
     found = (library(name) for name in SETS)
     return next((lib for lib in found if isinstance(lib, Library)), None)
+
+
+def direct(*tensors: Tensor) -> Library | None:
+    """The kernels, if they may be called as plain functions: CPU tensors of one dtype, no gradient, nobody tracing."""
+    lib, dtype = best(), tensors[0].dtype
+    if lib is None or dtype not in DTYPES or torch.compiler.is_compiling():
+        return None
+    gradients = torch.is_grad_enabled()
+    for x in tensors:
+        if x.dtype is not dtype or not x.is_cpu or type(x) not in _PLAIN or (gradients and x.requires_grad):
+            return None
+    return lib
 
 
 def pack(keys: Tensor) -> Tensor:
@@ -127,7 +223,7 @@ def packed_pool(pages: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 def append_packed(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     """Writes keys [T, I] at storage rows slots int64 [T] of a packed pool."""
-    keys = _even(keys)
+    keys = _even(keys.to(pool.dtype))
     if keys.dtype == torch.bfloat16:
         keys = keys.view(-1, keys.shape[1] // 2, 2)
     pool.flatten(0, 1)[slots // GROUP, :, slots % GROUP] = keys
@@ -192,15 +288,12 @@ def _even(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1)) if x.dtype == torch.bfloat16 and x.shape[-1] % 2 else x
 
 
-def _at(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
 def _bf16(x: Tensor) -> int:
-    return int(x.dtype == torch.bfloat16)
+    return int(x.dtype is torch.bfloat16)
 
 
-_long = ctypes.c_int64
+def _threads(products: int) -> int:
+    return 1 if products < _FEW_PRODUCTS else torch.get_num_threads()
 
 
 def _longs(values: Sequence[int]) -> Any:

@@ -1,0 +1,66 @@
+// What is done to each row by itself: the root-mean-square norm, RoPE and the choice of experts (architecture spec
+// 2.2, 2.3, 2.9), fp32 inside.
+#include "gemm.h"
+
+namespace {
+inline float get(const float* x) { return *x; }
+inline float get(const uint16_t* x) { return widen(*x); }
+
+template <class X> void norm(const X* x, int64_t step, const X* weight, float eps, int64_t count, int dim, X* y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < count; t++) {
+    const X* row = x + t * step;
+    float lanes[16] = {}, sum = 0;
+    int d = 0;
+    for (; d + 16 <= dim; d += 16)
+      for (int l = 0; l < 16; l++) lanes[l] = std::fma(get(row + d + l), get(row + d + l), lanes[l]);
+    for (int l = 0; d + l < dim; l++) lanes[l] = std::fma(get(row + d + l), get(row + d + l), lanes[l]);
+    for (int l = 0; l < 16; l++) sum += lanes[l];
+    const float scale = 1.f / std::sqrt(sum / (float)dim + eps);
+    for (int i = 0; i < dim; i++) put(y + t * dim + i, get(row + i) * scale * get(weight + i));
+  }
+}
+
+template <class X>
+void rotate(const X* x, int64_t step, int64_t head_step, const float* cos, const float* sin, int64_t count, int heads, int dim, X* y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < count; t++)
+    for (int h = 0; h < heads; h++) {
+      const X* from = x + t * step + h * head_step;
+      X* to = y + (t * heads + h) * dim;
+      for (int i = 0; i < dim / 2; i++) {
+        const float c = cos[t * (dim / 2) + i], s = sin[t * (dim / 2) + i], even = get(from + 2 * i), odd = get(from + 2 * i + 1);
+        put(to + 2 * i, even * c - odd * s);
+        put(to + 2 * i + 1, odd * c + even * s);
+      }
+    }
+}
+}  // namespace
+
+// x [count, dim] with rows `step` values apart, weight [dim], y [count, dim].
+EXPORT void nanoglm_rms_norm(int bf16, const void* x, int64_t step, const void* weight, float eps, int64_t count, int dim, void* y, int threads) {
+  if (bf16) norm((const uint16_t*)x, step, (const uint16_t*)weight, eps, count, dim, (uint16_t*)y, threads);
+  else norm((const float*)x, step, (const float*)weight, eps, count, dim, (float*)y, threads);
+}
+
+// x [count, heads, dim] with these strides, cos and sin [count, dim / 2], y [count, heads, dim].
+EXPORT void nanoglm_rotate(int bf16, const void* x, int64_t step, int64_t head_step, const float* cos, const float* sin, int64_t count, int heads, int dim, void* y,
+                           int threads) {
+  if (bf16) rotate((const uint16_t*)x, step, head_step, cos, sin, count, heads, dim, (uint16_t*)y, threads);
+  else rotate((const float*)x, step, head_step, cos, sin, count, heads, dim, (float*)y, threads);
+}
+
+// out [count, k]: places of the k largest of n scores, best first; of equal ones (-0.0 = +0.0) the first.
+EXPORT void nanoglm_top(const float* scores, int64_t count, int n, int k, int64_t* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < count; t++) {
+    const float* s = scores + t * n;
+    int64_t* best = out + t * k;
+    for (int i = 0, held = 0; i < n; i++) {
+      if (held == k && !(s[i] > s[best[k - 1]])) continue;
+      int at = held < k ? held++ : k - 1;
+      for (; at > 0 && s[i] > s[best[at - 1]]; at--) best[at] = best[at - 1];
+      best[at] = i;
+    }
+  }
+}
