@@ -67,9 +67,18 @@ static inline vf vexp(vf x) {
   return y * (vf)bits;
 }
 
-template <class T> struct Aligned {  // 64-byte aligned scratch
-  T* data;
-  explicit Aligned(size_t n) : data((T*)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64)) {}
+template <class T> struct Aligned {  // 64-byte aligned scratch; 0 places until it grows
+  T* data = nullptr;
+  size_t size = 0;
+  explicit Aligned(size_t n = 0) { at_least(n); }
   ~Aligned() { free(data); }
   Aligned(const Aligned&) = delete;
+  T* at_least(size_t n) {  // forgets what it held when it has to grow
+    if (n > size) {
+      free(data);
+      data = (T*)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
+      size = n;
+    }
+    return data;
+  }
 };

@@ -21,54 +21,59 @@ void run(const X* x, const int64_t* ids, const float* weights, const Weights<X>&
   for (int e = 0; e < experts; e++) first[(size_t)e + 1] += first[(size_t)e];
   std::vector<int64_t> next(first.begin(), first.end() - 1);
   for (int64_t s = 0; s < slots; s++) order[(size_t)next[(size_t)(ids ? ids[s] : 0)]++] = s;
-  struct Item { int expert; int64_t begin; int rows; };  // rows of one expert that share a panel
-  std::vector<Item> items;
+  static thread_local Aligned<X> hidden_rows, slot_results;
+  X* const hidden = hidden_rows.at_least((size_t)(slots * even_width));             // in the order of experts
+  X* const result = weights ? slot_results.at_least((size_t)(slots * dim)) : out;  // by slot
   std::vector<const X*> rows((size_t)slots), active((size_t)slots);
-  Aligned<X> hidden((size_t)(slots * even_width));  // in the order of experts
-  Aligned<float> result((size_t)(slots * dim));     // by slot
-  for (int64_t i = 0; i < slots; i++) rows[(size_t)i] = in.rows[(size_t)(order[(size_t)i] / k)], active[(size_t)i] = hidden.data + i * even_width;
-  for (int e = 0; e < experts; e++)
-    for (int64_t b = first[(size_t)e]; b < first[(size_t)e + 1]; b += CHUNK_ROWS)
-      items.push_back({e, b, (int)std::min<int64_t>(CHUNK_ROWS, first[(size_t)e + 1] - b)});
-  // A few rows are all reading of weights: finer shares, so that no thread waits for the other.
-  const int64_t panels = (width + PANEL - 1) / PANEL, down_panels = (dim + PANEL - 1) / PANEL, count = (int64_t)items.size();
+  for (int64_t i = 0; i < slots; i++) rows[(size_t)i] = in.rows[(size_t)(order[(size_t)i] / k)], active[(size_t)i] = hidden + i * even_width;
+  struct Item { int expert, output; int64_t begin; int rows; };  // neighbours share a panel of weights
+  auto shares = [&](int outputs) {
+    std::vector<Item> items;
+    for (int e = 0; e < experts; e++)
+      for (int o = 0; o < outputs; o += PANEL)
+        for (int64_t b = first[(size_t)e]; b < first[(size_t)e + 1]; b += CHUNK_ROWS)
+          items.push_back({e, o, b, (int)std::min<int64_t>(CHUNK_ROWS, first[(size_t)e + 1] - b)});
+    return items;
+  };
+  const std::vector<Item> in_shares = shares(width), out_shares = shares(dim);
+  const int grain = std::max(1, (int)in_shares.size() / (8 * threads)), out_grain = std::max(1, (int)out_shares.size() / (8 * threads));
 #pragma omp parallel num_threads(threads)
   {
-    Products<X> gate, up;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < panels * count; i++) {
-      const Item& it = items[(size_t)(i / panels)];
-      const int o = (int)(i % panels) * PANEL, some = std::min(PANEL, width - o);
-      gate.run(rows.data() + it.begin, it.rows, {w.gate + it.expert * w.step + (int64_t)o * dim, dim, false}, some, dim);
-      up.run(rows.data() + it.begin, it.rows, {w.up + it.expert * w.step + (int64_t)o * dim, dim, false}, some, dim);
+    auto &gate = Products<X>::mine(0), &up = Products<X>::mine(1);
+#pragma omp for schedule(dynamic, grain)
+    for (size_t i = 0; i < in_shares.size(); i++) {
+      const Item& it = in_shares[i];
+      const int some = std::min(PANEL, width - it.output);
+      const int64_t at = it.expert * w.step + (int64_t)it.output * dim;
+      gate.run(rows.data() + it.begin, it.rows, {w.gate + at, dim, false}, some, dim);
+      up.run(rows.data() + it.begin, it.rows, {w.up + at, dim, false}, some, dim);
       for (int r = 0; r < it.rows; r++) {
         float *g = gate.sums.data + r * PANEL, *u = up.sums.data + r * PANEL;
         for (int l = 0; l < PANEL; l += LANES) {  // silu(gate) * up, rounded where torch rounds
           vf a = rounded<X>(load(g + l)), b = rounded<X>(load(u + l));
           store(g + l, rounded<X>(a / (splat(1.f) + vexp(-a))) * b);
         }
-        put_all(hidden.data + (it.begin + r) * even_width + o, g, some);
-        if (even_width > width && o + some == width) hidden.data[(it.begin + r) * even_width + width] = X{};
+        put_all(hidden + (it.begin + r) * even_width + it.output, g, some);
+        if (it.output + some == width && even_width > width) hidden[(it.begin + r) * even_width + width] = X{};
       }
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < down_panels * count; i++) {
-      const Item& it = items[(size_t)(i / down_panels)];
-      const int o = (int)(i % down_panels) * PANEL, some = std::min(PANEL, dim - o);
-      gate.run(active.data() + it.begin, it.rows, {w.down + it.expert * w.down_step + (int64_t)o * width, width, false}, some, width);
-      for (int r = 0; r < it.rows; r++) memcpy(result.data + order[(size_t)(it.begin + r)] * dim + o, gate.sums.data + r * PANEL, (size_t)some * 4);
+#pragma omp for schedule(dynamic, out_grain)
+    for (size_t i = 0; i < out_shares.size(); i++) {
+      const Item& it = out_shares[i];
+      const int some = std::min(PANEL, dim - it.output);
+      gate.run(active.data() + it.begin, it.rows, {w.down + it.expert * w.down_step + (int64_t)it.output * width, width, false}, some, width);
+      for (int r = 0; r < it.rows; r++) put_all(result + order[(size_t)(it.begin + r)] * dim + it.output, gate.sums.data + r * PANEL, some);
     }
+    if (weights)
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
-      float* sum = result.data + t * k * dim;
-      if (weights)
-        for (int d = 0; d < dim; d++) {
-          float total = 0;
-          for (int j = 0; j < k; j++) total = std::fma(weights[t * k + j], sum[j * dim + d], total);
-          sum[d] = total;
+      for (int64_t t = 0; t < tokens; t++)
+        for (int d = 0; d < dim; d += PANEL) {
+          const int some = std::min(PANEL, dim - d);
+          float sum[PANEL] = {};
+          for (int j = 0; j < k; j++)
+            for (int l = 0; l < some; l++) sum[l] = std::fma(weights[t * k + j], get(result + (t * k + j) * dim + d + l), sum[l]);
+          put_all(out + t * dim + d, sum, some);
         }
-      put_all(out + t * dim, sum, dim);
-    }
   }
 }
 }  // namespace

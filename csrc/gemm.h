@@ -36,6 +36,8 @@ template <> struct Dot<uint16_t> {
 };
 #endif
 
+inline float get(const float* x) { return *x; }
+inline float get(const uint16_t* x) { return widen(*x); }
 inline void put(float* to, float x) { *to = x; }
 inline void put(uint16_t* to, float x) { *to = narrow(x); }
 inline void put_all(float* to, const float* from, int n) { memcpy(to, from, (size_t)n * 4); }
@@ -183,11 +185,17 @@ template <class X> struct Inputs {
   }
 };
 
-template <class X> struct Products {  // scratch of one thread
+template <class X> struct Products {  // scratch of one thread, kept from call to call
   Aligned<uint32_t> panel{(size_t)DEPTH * PANEL};
   Aligned<float> sums{(size_t)CHUNK_ROWS * PANEL};
-  const X* packed = nullptr;
+  const X* packed = nullptr;  // the weights in the panel
   int64_t packed_from = -1;
+
+  static Products& mine(int which = 0) {
+    static thread_local Products all[2];
+    all[which].packed = nullptr;  // they may have changed since
+    return all[which];
+  }
 
   // sums[t][o] for at most CHUNK_ROWS rows and PANEL outputs of weights w, `count` of which exist.
   void run(const X* const* x, int rows, const Matrix<X>& w, int count, int inputs) {

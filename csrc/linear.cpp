@@ -11,7 +11,7 @@ void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t cou
   const int64_t chunks = (count + CHUNK_ROWS - 1) / CHUNK_ROWS, panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads)
   {
-    Products<X> products;
+    auto& products = Products<X>::mine();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < heads * panels * chunks; i++) {
       const int64_t h = i / chunks / panels, o = i / chunks % panels * PANEL, t = i % chunks * CHUNK_ROWS;

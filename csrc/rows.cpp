@@ -3,9 +3,6 @@
 #include "gemm.h"
 
 namespace {
-inline float get(const float* x) { return *x; }
-inline float get(const uint16_t* x) { return widen(*x); }
-
 template <class X> void norm(const X* x, int64_t step, const X* weight, float eps, int64_t count, int dim, X* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < count; t++) {
