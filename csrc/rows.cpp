@@ -32,7 +32,25 @@ void rotate(const X* x, int64_t step, int64_t head_step, const float* cos, const
       }
     }
 }
+
+template <class X> void quantise(const X* x, int64_t count, int dim, int8_t* y, float* scales, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < count; t++) {
+    const X* row = x + t * dim;
+    float most = 0;
+    for (int i = 0; i < dim; i++) most = std::max(most, std::fabs(get(row + i)));
+    const float scale = std::max(most, 1e-30f) / 127.f;
+    for (int i = 0; i < dim; i++) y[t * dim + i] = (int8_t)(int32_t)std::nearbyint(get(row + i) / scale);
+    scales[t] = scale;
+  }
+}
 }  // namespace
+
+// x [count, dim] -> int8 [count, dim] and scales [count], the largest value of a row becoming 127.
+EXPORT void nanoglm_quantise(int bf16, const void* x, int64_t count, int dim, int8_t* y, float* scales, int threads) {
+  if (bf16) quantise((const uint16_t*)x, count, dim, y, scales, threads);
+  else quantise((const float*)x, count, dim, y, scales, threads);
+}
 
 // x [count, dim] with rows `step` values apart, weight [dim], y [count, dim].
 EXPORT void nanoglm_rms_norm(int bf16, const void* x, int64_t step, const void* weight, float eps, int64_t count, int dim, void* y, int threads) {

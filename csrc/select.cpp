@@ -2,7 +2,7 @@
 //
 // I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s]); each row keeps its k best under the total rule: higher score
 // first, -0.0 = +0.0, then lower position. Keys are packed in groups of 16: fp32 [group][dim][16], bf16
-// [group][dim / 2][16][2]. A pair's score is one chain of sums over dims, then over heads: it does not depend
+// [group][dim / 2][16][2], int8 [group][dim / 4][16][4] with 128 added, then the group's 16 scales. A pair's score is one chain of sums over dims, then over heads: it does not depend
 // on tile, block or thread. Keys come in ascending position, so only scores *above* the k-th best so far enter.
 #include "common.h"
 
@@ -190,34 +190,94 @@ void block_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int hea
 }
 #endif
 
-// The survivors of a block of scores: those above the threshold among the first `visible`.
-inline void push(Candidates& c, const float* scores, int visible, int base) {
-#ifdef __AVX512F__
-  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512 t = _mm512_set1_ps(c.threshold), s[4];
-  __mmask16 m[4];
-  unsigned any = 0;
-  for (int v = 0; v < 4; v++) s[v] = _mm512_loadu_ps(scores + v * 16), any |= m[v] = _mm512_cmp_ps_mask(s[v], t, _CMP_GT_OQ);
-  if (!any) return;
-  for (int v = 0; v < 4; v++) {
-    int left = visible - v * 16;
-    m[v] &= left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-    _mm512_storeu_ps(c.score + c.count, _mm512_maskz_compress_ps(m[v], s[v]));
-    _mm512_storeu_si512(c.at + c.count, _mm512_maskz_compress_epi32(m[v], _mm512_add_epi32(_mm512_set1_epi32(base + v * 16), iota)));
-    c.count += __builtin_popcount(m[v]);
+#ifdef __AVX512VNNI__
+// As an intrinsic gcc spills its sums.
+inline void dot_bytes(__m512i& sum, __m512i bytes, __m512i q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(q)); }
+
+template <int HEADS>
+inline void score_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, __m512* sum) {
+  for (int h = 0; h < heads; h += HEADS) {
+    __m512i dot[HEADS][4];
+#pragma GCC unroll 8
+    for (int g = 0; g < HEADS; g++)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) dot[g][v] = _mm512_set1_epi32(offset[h + g]);
+    for (int d = 0; d < quads; d++) {
+      __m512i key[4];
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) key[v] = _mm512_loadu_si512(keys + (v * (quads + 1) + d) * GROUP);
+#pragma GCC unroll 8
+      for (int g = 0; g < HEADS; g++) {
+        __m512i b = _mm512_set1_epi32((int)q[(h + g) * quads + d]);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) dot_bytes(dot[g][v], key[v], b);
+      }
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < HEADS; g++) {
+      __m512 weight = _mm512_set1_ps(w[h + g]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++)
+        sum[v] = _mm512_fmadd_ps(weight, _mm512_cvtepi32_ps(_mm512_max_epi32(dot[g][v], _mm512_setzero_si512())), sum[v]);
+    }
   }
-#else
-  for (int j = 0; j < visible; j++) {
-    c.score[c.count] = scores[j];
-    c.at[c.count] = base + j;
-    c.count += scores[j] > c.threshold;
-  }
-#endif
 }
 
+void block_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, float* out) {
+  __m512 sum[4];
+  for (int v = 0; v < 4; v++) sum[v] = _mm512_setzero_ps();
+  int whole = heads / 4 * 4;
+  score_int8<4>(keys, q, offset, w, whole, quads, sum);
+  score_int8<1>(keys, q + whole * quads, offset + whole, w + whole, heads - whole, quads, sum);
+  for (int v = 0; v < 4; v++)
+    _mm512_storeu_ps(out + v * GROUP, _mm512_mul_ps(sum[v], _mm512_castsi512_ps(_mm512_loadu_si512(keys + (v * (quads + 1) + quads) * GROUP))));
+}
+#endif
+
+// Which of a block's scores lie above the threshold, as bits.
+inline uint64_t above(const float* scores, float threshold) {
+  uint64_t found = 0;
+#ifdef __AVX512F__
+  for (int v = 0; v < 4; v++) found |= (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v * 16), _mm512_set1_ps(threshold), _CMP_GT_OQ) << (v * 16);
+#else
+  for (int v = 0; v < BLOCK; v += LANES) {
+    vi higher = load(scores + v) > splat(threshold);
+#if defined(__AVX2__)
+    found |= (uint64_t)(uint32_t)_mm256_movemask_ps((__m256)higher) << v;
+#else
+    for (int l = 0; l < LANES; l++) found |= (uint64_t)(higher[l] & 1) << (v + l);
+#endif
+  }
+#endif
+  return found;
+}
+
+// Takes a block's survivors up, in ascending position.
+inline void push(Candidates& c, const float* scores, uint64_t found, int base) {
+#ifdef __AVX512F__
+  if (__builtin_popcountll(found) > 8) {
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int v = 0; v < 4; v++) {
+      __mmask16 m = (__mmask16)(found >> (v * 16));
+      _mm512_storeu_ps(c.score + c.count, _mm512_maskz_compress_ps(m, _mm512_loadu_ps(scores + v * 16)));
+      _mm512_storeu_si512(c.at + c.count, _mm512_maskz_compress_epi32(m, _mm512_add_epi32(_mm512_set1_epi32(base + v * 16), iota)));
+      c.count += __builtin_popcount(m);
+    }
+    return;
+  }
+#endif
+  for (; found; found &= found - 1) {
+    int j = __builtin_ctzll(found);
+    c.score[c.count] = scores[j];
+    c.at[c.count++] = base + j;
+  }
+}
+
+enum Kind { FLOAT32, BFLOAT16, INT8 };
+
 struct Problem {
-  int bf16;
-  const void* q;  // [T, heads, dim]; dim is even for bf16
+  int kind;
+  const void* q;  // [T, heads, dim]; dim is a multiple of the dims in a dword
   const float* weights;
   const void* keys;  // packed, block b of request r at page table[r * columns + b]
   const int32_t* table;
@@ -226,39 +286,97 @@ struct Problem {
   int32_t* out;
 };
 
-// Rows first..first + rows of a request, the first at logical position `at`; keys of blocks [from, to).
-void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at, int64_t from, int64_t to, Candidates* c, int capacity,
-          [[maybe_unused]] const float* wide_q, [[maybe_unused]] float* wide_keys) {
-  alignas(64) float scores[BLOCK];
-  int64_t row = (int64_t)p.heads * p.dim;
-  for (int64_t b = from; b < to; b++) {
-    int64_t page = p.table[request * p.columns + b];
-    const float* keys = (const float*)p.keys + page * BLOCK * p.dim;
-    const uint32_t* pairs = (const uint32_t*)p.keys + page * BLOCK * (p.dim / 2);
-#ifndef __AVX512BF16__
-    if (p.bf16) {  // widened once for all queries of the tile
-      for (int g = 0; g < BLOCK / GROUP; g++)
-        for (int d = 0; d < p.dim / 2; d++)
-          for (int l = 0; l < GROUP; l++) {
-            uint32_t x = pairs[(g * (p.dim / 2) + d) * GROUP + l];
-            wide_keys[(g * p.dim + 2 * d) * GROUP + l] = widen((uint16_t)x);
-            wide_keys[(g * p.dim + 2 * d + 1) * GROUP + l] = widen((uint16_t)(x >> 16));
-          }
-      keys = wide_keys;
-    }
-#endif
+struct Scratch {  // of one thread
+  int capacity;
+  std::vector<float> score;
+  std::vector<int32_t> at;
+  std::vector<float> wide_q;     // where there are no products of bf16 or int8
+  Aligned<float> wide_keys;
+  std::vector<int32_t> offset;   // int8: minus 128 times the sum of q, per row and head
+  alignas(64) float scores[TILE][BLOCK];
+  Candidates c[TILE];
+  explicit Scratch(const Problem& p)
+      : capacity(p.k + std::max(p.k, 1024) + p.k / 8 + 2 * BLOCK), score((size_t)TILE * (capacity + 2 * GROUP)),
+        at((size_t)TILE * (capacity + 2 * GROUP)), wide_keys((size_t)BLOCK * p.dim) {}
+
+  void begin(const Problem& p, int64_t first, int rows) {
     for (int i = 0; i < rows; i++) {
-      int64_t visible = at + i + 1 - b * BLOCK;
-      if (visible <= 0) continue;
-      const float* w = p.weights + (first + i) * p.heads;
-#ifdef __AVX512BF16__
-      if (p.bf16) block_bf16(pairs, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, scores);
-      else block_f32(keys, (const float*)p.q + (first + i) * row, w, p.heads, p.dim, scores);
+      c[i] = Candidates{};
+      c[i].score = score.data() + (size_t)i * (capacity + 2 * GROUP);
+      c[i].at = at.data() + (size_t)i * (capacity + 2 * GROUP);
+    }
+    const int64_t row = (int64_t)p.heads * p.dim;
+    if (p.kind == INT8 && VNNI) {
+      offset.resize((size_t)(rows * p.heads));
+      for (int64_t n = 0; n < rows * p.heads; n++) {
+        int32_t sum = 0;
+        for (int d = 0; d < p.dim; d++) sum += ((const int8_t*)p.q)[first * row + n * p.dim + d];
+        offset[(size_t)n] = -128 * sum;
+      }
+    } else if (widens(p.kind)) {
+      wide_q.resize((size_t)(rows * row));
+      for (int64_t i = 0; i < rows * row; i++)
+        wide_q[(size_t)i] = p.kind == INT8 ? (float)((const int8_t*)p.q)[first * row + i] : widen(((const uint16_t*)p.q)[first * row + i]);
+    }
+  }
+
+  // 64 keys as fp32, once for all queries of the tile.
+  void widen_keys(const Problem& p, const uint32_t* dwords) {
+    const int per = p.kind == INT8 ? 4 : 2, quads = p.dim / per, stride = quads + (p.kind == INT8);
+    for (int g = 0; g < BLOCK / GROUP; g++)
+      for (int d = 0; d < quads; d++)
+        for (int l = 0; l < GROUP; l++) {
+          const uint32_t x = dwords[(g * stride + d) * GROUP + l];
+          for (int i = 0; i < per; i++)
+            wide_keys.data[(g * p.dim + per * d + i) * GROUP + l] = per == 4 ? (float)((int)(x >> 8 * i & 255) - 128) : widen((uint16_t)(x >> 16 * i));
+        }
+  }
+
+#ifdef __AVX512VNNI__
+  static constexpr bool VNNI = true;
 #else
-      block_f32(keys, p.bf16 ? wide_q + i * row : (const float*)p.q + (first + i) * row, w, p.heads, p.dim, scores);
+  static constexpr bool VNNI = false;
 #endif
-      push(c[i], scores, (int)std::min<int64_t>(visible, BLOCK), (int)(b * BLOCK));
-      if (c[i].count > capacity - BLOCK) keep_best(c[i], p.k, p.k / 8);
+#ifdef __AVX512BF16__
+  static constexpr bool BF16 = true;
+#else
+  static constexpr bool BF16 = false;
+#endif
+  static bool widens(int kind) { return (kind == BFLOAT16 && !BF16) || (kind == INT8 && !VNNI); }
+};
+
+// Rows first..first + rows of a request, the first at logical position `at`; keys of blocks [from, to).
+void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at, int64_t from, int64_t to, Scratch& s) {
+  const int64_t row = (int64_t)p.heads * p.dim;
+  const int dwords = p.kind == FLOAT32 ? p.dim : p.kind == BFLOAT16 ? p.dim / 2 : p.dim / 4 + 1;  // of one packed key
+  const bool wide = Scratch::widens(p.kind);
+  for (int64_t b = from; b < to; b++) {
+    const uint32_t* keys = (const uint32_t*)p.keys + (int64_t)p.table[request * p.columns + b] * BLOCK * dwords;
+    if (wide) s.widen_keys(p, keys);
+    const int blind = (int)std::max<int64_t>(0, b * BLOCK - at);  // rows that see none of these keys
+    uint64_t found[TILE];
+    uint32_t any = 0;
+    for (int i = blind; i < rows; i++) {
+      const float* w = p.weights + (first + i) * p.heads;
+      if (p.kind == FLOAT32) block_f32((const float*)keys, (const float*)p.q + (first + i) * row, w, p.heads, p.dim, s.scores[i]);
+      else if (wide) block_f32(s.wide_keys.data, s.wide_q.data() + i * row, w, p.heads, p.dim, s.scores[i]);
+#ifdef __AVX512BF16__
+      else if (p.kind == BFLOAT16) block_bf16(keys, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, s.scores[i]);
+#endif
+#ifdef __AVX512VNNI__
+      else block_int8(keys, (const uint32_t*)p.q + (first + i) * row / 4, s.offset.data() + i * p.heads, w, p.heads, p.dim / 4, s.scores[i]);
+#endif
+      if (wide && p.kind == INT8)
+        for (int g = 0; g < BLOCK; g++) s.scores[i][g] *= ((const float*)keys)[((g / GROUP + 1) * dwords - 1) * GROUP + g % GROUP];
+      found[i] = above(s.scores[i], s.c[i].threshold);
+      const int64_t visible = at + i + 1 - b * BLOCK;
+      if (visible < BLOCK) found[i] &= (1ull << visible) - 1;
+      any |= (uint32_t)(found[i] != 0) << i;
+    }
+    for (; any; any &= any - 1) {  // apart from the scoring, whose flow no survivor disturbs
+      const int i = __builtin_ctz(any);
+      push(s.c[i], s.scores[i], found[i], (int)(b * BLOCK));
+      if (s.c[i].count > s.capacity - BLOCK) keep_best(s.c[i], p.k, p.k / 8);
     }
   }
 }
@@ -270,39 +388,15 @@ void finish(const Problem& p, Candidates& c, int64_t row) {
   for (int i = c.count; i < p.k; i++) out[i] = -1;
 }
 
-struct Scratch {  // of one thread
-  int capacity;
-  std::vector<float> score;
-  std::vector<int32_t> at;
-  std::vector<float> wide_q;
-  Aligned<float> wide_keys;
-  Candidates c[TILE];
-  explicit Scratch(const Problem& p)
-      : capacity(p.k + std::max(p.k, 1024) + p.k / 8 + 2 * BLOCK), score((size_t)TILE * (capacity + 2 * GROUP)),
-        at((size_t)TILE * (capacity + 2 * GROUP)), wide_keys((size_t)BLOCK * p.dim) {}
-  void begin([[maybe_unused]] const Problem& p, [[maybe_unused]] int64_t first, int rows) {
-    for (int i = 0; i < rows; i++) {
-      c[i] = Candidates{};
-      c[i].score = score.data() + (size_t)i * (capacity + 2 * GROUP);
-      c[i].at = at.data() + (size_t)i * (capacity + 2 * GROUP);
-    }
-#ifndef __AVX512BF16__
-    if (p.bf16) {
-      int64_t row = (int64_t)p.heads * p.dim;
-      wide_q.resize((size_t)(rows * row));
-      for (int64_t i = 0; i < rows * row; i++) wide_q[(size_t)i] = widen(((const uint16_t*)p.q)[first * row + i]);
-    }
-#endif
-  }
-};
 }  // namespace
 
+// kind: of queries and keys, 0 fp32, 1 bf16, 2 int8 (weights then hold the queries' scales).
 // borders: requests + 1 row numbers. lengths: tokens of each request, its rows being the last ones.
 // out int32 [rows, k]: positions ascending, then -1.
-EXPORT void nanoglm_select(int bf16, const void* q, const float* weights, const void* keys, const int32_t* table, int64_t columns,
+EXPORT void nanoglm_select(int kind, const void* q, const float* weights, const void* keys, const int32_t* table, int64_t columns,
                            const int64_t* borders, const int64_t* lengths, int64_t requests, int heads, int dim, int k, int32_t* out,
                            int threads) {
-  Problem p{bf16, q, weights, keys, table, columns, heads, dim, k, out};
+  Problem p{kind, q, weights, keys, table, columns, heads, dim, k, out};
   struct Item { int64_t request, first, at; int rows; };
   std::vector<Item> items;
   for (int64_t r = 0; r < requests; r++)
@@ -316,7 +410,7 @@ EXPORT void nanoglm_select(int bf16, const void* q, const float* weights, const 
       for (int64_t n = (int64_t)items.size() - 1; n >= 0; n--) {  // the longest first
         const Item& it = items[(size_t)n];
         s.begin(p, it.first, it.rows);
-        pass(p, it.request, it.first, it.rows, it.at, 0, (it.at + it.rows + BLOCK - 1) / BLOCK, s.c, s.capacity, s.wide_q.data(), s.wide_keys.data);
+        pass(p, it.request, it.first, it.rows, it.at, 0, (it.at + it.rows + BLOCK - 1) / BLOCK, s);
         for (int i = 0; i < it.rows; i++) finish(p, s.c[i], it.first + i);
       }
     }
@@ -334,7 +428,7 @@ EXPORT void nanoglm_select(int bf16, const void* q, const float* weights, const 
 #pragma omp for schedule(static, 1)
       for (int part = 0; part < parts; part++) {
         s.begin(p, it.first, it.rows);
-        pass(p, it.request, it.first, it.rows, it.at, blocks * part / parts, blocks * (part + 1) / parts, s.c, s.capacity, s.wide_q.data(), s.wide_keys.data);
+        pass(p, it.request, it.first, it.rows, it.at, blocks * part / parts, blocks * (part + 1) / parts, s);
         for (int i = 0; i < it.rows; i++) {
           keep_best(s.c[i], k, 0);
           score[(size_t)part * it.rows + i].assign(s.c[i].score, s.c[i].score + s.c[i].count);

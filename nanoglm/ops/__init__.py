@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoglm.errors import InputError
 from nanoglm.ops import cpu, torch_tiled
 from nanoglm.ops.batch import Batch
 from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu
@@ -234,7 +235,15 @@ def cache_append(pool: Tensor, values: Tensor, slots: Tensor) -> None:
 def index_pool(
     pages: int, page_size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Room for index keys [pages, ...] in the layout that scoring reads fastest there; only ops know it."""
+    """Room for index keys [pages, ...] in the layout that scoring reads fastest there; only ops know it.
+
+    With dtype int8, keys are quantised one by one as they are written, and queries when they score: a little less
+    exact, half the size of bf16 and faster. Raises InputError where no int8 scoring exists.
+    """
+    if dtype == torch.int8 and (torch.device(device).type != "cpu" or page_size != cpu.BLOCK):
+        raise InputError(
+            f"int8 index keys with pages of {page_size} on {device}; expected pages of {cpu.BLOCK} on the CPU"
+        )
     if torch.device(device).type == "cpu" and cpu.packs(page_size, dtype):
         return cpu.packed_pool(pages, dim, dtype)
     return torch.zeros(pages, page_size, dim, dtype=dtype, device=device)

@@ -55,26 +55,120 @@ def test_select_equals_reference(isa: str, batch_rows, heads, dim, k, dtype, kin
     torch.manual_seed(seed)
     q, weights, keys = draw_keys(kind, batch.borders[-1], heads, dim, batch, storage)
     q, keys = q.to(dtype), keys.to(dtype)
-    given_keys: Tensor = keys
-    if packed and batch.page_size == PAGE:  # as the cache keeps them, garbage where nothing was written
-        given_keys = ops.index_pool(storage // PAGE, PAGE, dim, dtype)
-        assert given_keys.ndim > 3
-        given_keys.fill_(torch.nan)
-        for request, length in enumerate(batch.lengths):
-            at = torch.arange(length)
-            slots = ops.batch.storage_rows(at, torch.full_like(at, request), batch.table, PAGE)
-            ops.index_append(given_keys, keys[slots], slots)
+    given_keys = written(keys, batch, dtype, storage) if packed and batch.page_size == PAGE else keys
     found = ops.select(q, weights, given_keys, batch, k)
     expected = reference.select(q, weights, keys, batch, k)
-    if kind != "random":
+    if kind == "random":
+        equal_but_at_the_boundary(found, expected, q.float(), weights, keys.float(), batch)
+    else:
         assert torch.equal(found, expected)
-        return
+
+
+@drawn
+@given(
+    batches(400), st.integers(1, 24), st.integers(1, 36), st.integers(1, 120), DTYPES,
+    st.sampled_from(["random", "ties", "equal", "rising"]), st.integers(0, 99),
+)  # fmt: skip
+def test_int8_select_equals_reference_of_what_int8_stands_for(isa, batch_rows, heads, dim, k, dtype, kind, seed):
+    batch, storage = batch_rows
+    if batch.page_size != PAGE:
+        batch = Batch.build(batch.lengths, batch.lengths, torch.arange(6).view(3, 2).int()[: len(batch.lengths)], PAGE)
+        storage = 6 * PAGE
+    torch.manual_seed(seed)
+    q, weights, keys = draw_keys(kind, batch.borders[-1], heads, dim, batch, storage)
+    q, keys = q.to(dtype), keys.to(dtype)
+    pool = written(keys, batch, torch.int8, storage)
+    found = ops.select(q, weights, pool, batch, k)
+    (q8, q_scale), (k8, k_scale) = cpu.quantise(q), cpu.quantise(keys)
+    q, keys = q8.float() * q_scale[..., None], k8.float() * k_scale[:, None]
+    expected = reference.select(q, weights, keys, batch, k)
+    equal_but_at_the_boundary(found, expected, q, weights, keys, batch)
+    with patch.object(cpu, "best", lambda: None):
+        by_torch = ops.select(q8.float() * q_scale[..., None], weights, pool, batch, k)
+    equal_but_at_the_boundary(by_torch, expected, q, weights, keys, batch)
+
+
+def written(keys: Tensor, batch: Batch, dtype: torch.dtype, storage: int) -> Tensor:
+    """A pool as the cache keeps it, garbage where nothing was written."""
+    pool = ops.index_pool(storage // PAGE, PAGE, keys.shape[1], dtype)
+    assert pool.ndim > 3
+    pool.fill_(255 if dtype == torch.int8 else torch.nan)
+    for request, length in enumerate(batch.lengths):
+        at = torch.arange(length)
+        slots = ops.batch.storage_rows(at, torch.full_like(at, request), batch.table, PAGE)
+        ops.index_append(pool, keys[slots], slots)
+    return pool
+
+
+def equal_but_at_the_boundary(found: Tensor, expected: Tensor, q: Tensor, weights: Tensor, keys: Tensor, batch: Batch):
+    """Rows differ only in keys whose scores are a rounding apart."""
     for row in (found != expected).any(-1).nonzero().flatten().tolist():
         a, b = ({int(s) for s in chosen[row] if s >= 0} for chosen in (found, expected))
         visible = reference._visible_rows(row, batch)
-        scores = weights[row] @ (q[row].float() @ keys[visible].float().T).relu()
+        pairs = (q[row] @ keys[visible].T).relu()
+        scores = weights[row] @ pairs
         gap = abs(min(scores[list(a - b)]) - min(scores[list(b - a)]))
-        assert len(a) == len(b) and gap < 1e-4 * scores.abs().max()
+        assert len(a) == len(b) and gap < 1e-5 * (weights[row].abs() @ pairs).max()  # heads may cancel
+
+
+@drawn
+@given(st.integers(1, 300), st.integers(1, 150), st.integers(1, 140), st.integers(1, 3), DTYPES, st.integers(0, 99))
+def test_linear_and_headwise_equal_torch(isa: str, rows, inputs, outputs, heads, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    wide = torch.randn(rows, heads, inputs + seed % 3).to(dtype)
+    x, weight = wide[..., :inputs], (torch.randn(heads, outputs, inputs) * inputs**-0.5).to(dtype)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for w in (weight.mT, weight.mT.contiguous()):  # an output's inputs side by side, and an input's outputs
+        found = ops.headwise(x, w)
+        expected = torch.einsum("tha,hab->thb", x.double(), w.double())
+        assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
+        row = seed % rows  # alone as among others
+        assert torch.equal(ops.headwise(x[row : row + 1], w), found[row : row + 1])
+    assert torch.equal(ops.linear(x[:, 0], weight[0]), found[:, 0])
+
+
+@drawn
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 150), DTYPES, st.integers(0, 99))
+def test_mlp_equals_torch(isa: str, rows, dim, width, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    x, gate, up = (torch.randn(*s).to(dtype) for s in ((rows, dim), (width, dim), (width, dim)))
+    down = (torch.randn(dim, width) * (width * dim) ** -0.5).to(dtype)
+    found = ops.mlp(x, gate, up, down)
+    a, b = x.double() @ gate.double().T, x.double() @ up.double().T
+    expected = (torch.nn.functional.silu(a) * b) @ down.double().T
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
+    row = slice(seed % rows, seed % rows + 1)
+    assert torch.equal(ops.mlp(x[row], gate, up, down), found[row])
+
+
+@drawn
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 40), DTYPES, st.integers(0, 99))
+def test_norm_rope_and_top_equal_torch(isa: str, rows, heads, half, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    wide = torch.randn(rows, heads, 2 * half + 3).to(dtype)
+    x, angles, weight = wide[..., : 2 * half], torch.randn(rows, half), torch.randn(2 * half).to(dtype)
+    limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    found = [ops.rms_norm(x[:, 0], weight, 1e-5), ops.rotate(x, angles.cos(), angles.sin())]
+    found += [ops.rotate(x[:, 0], angles.cos(), angles.sin())]
+    with patch.object(cpu, "best", lambda: None):
+        expected = [ops.rms_norm(x[:, 0], weight, 1e-5), ops.rotate(x, angles.cos(), angles.sin())]
+        expected += [ops.rotate(x[:, 0], angles.cos(), angles.sin())]
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max() / b.abs().max().clamp(min=1)) < limit
+    scores = torch.randn(rows, half + 1).mul(3).round() * torch.tensor([1.0, -0.0])[seed % 2]  # many ties, -0.0 too
+    k = seed % (half + 1) + 1
+    assert torch.equal(ops.top(scores, k), torch_tiled.top(scores, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantised_is_the_same_as_torchs(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(300, 3, 37) * torch.rand(300, 1, 1) ** 9).to(dtype)
+    x[4] = 0
+    found = cpu.quantise(x)
+    with patch.object(cpu, "best", lambda: None):
+        assert all(torch.equal(a, b) for a, b in zip(found, cpu.quantise(x), strict=True))
 
 
 @drawn

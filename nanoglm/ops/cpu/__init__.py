@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parent  # of the libraries
 GROUP, BLOCK = 16, 64
 DTYPES = (torch.float32, torch.bfloat16)
 _FEW_PRODUCTS = 1 << 17  # below that, waking a second thread costs more than it does
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # of packed index keys, as select.cpp counts them
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SIGNATURES = {  # of csrc's exported functions
@@ -38,6 +39,7 @@ _SIGNATURES = {  # of csrc's exported functions
     "rms_norm": "ipqpfqipi",
     "rotate": "ipqqppqiipi",
     "top": "pqiipi",
+    "quantise": "ipqippi",
 }
 
 
@@ -53,10 +55,14 @@ class Library:
         lengths: Sequence[int], k: int,
     ) -> Tensor:  # fmt: skip
         """``packed`` holds blocks of 64 keys as :func:`pack` makes them; ``table`` [B, P] names them in order."""
-        q, weights, table = _even(q).contiguous(), weights.float().contiguous(), table.int().contiguous()
+        if packed.dtype == torch.uint8:
+            q, scale = quantise(q)
+            weights = weights.float() * scale
+        kind = _KINDS[packed.dtype]
+        q, weights, table = _whole(q).contiguous(), weights.float().contiguous(), table.int().contiguous()
         out = torch.empty(q.shape[0], k, dtype=torch.int32)
         self.handle.nanoglm_select(
-            _bf16(q), q.data_ptr(), weights.data_ptr(), packed.data_ptr(), table.data_ptr(), table.shape[1],
+            kind, q.data_ptr(), weights.data_ptr(), packed.data_ptr(), table.data_ptr(), table.shape[1],
             _longs(borders), _longs(lengths), len(lengths), q.shape[1], q.shape[2], k, out.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -154,6 +160,15 @@ class Library:
         )  # fmt: skip
         return y
 
+    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As the function of that name."""
+        x, dim = x.contiguous(), x.shape[-1]
+        y, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1])
+        self.handle.nanoglm_quantise(
+            _bf16(x), x.data_ptr(), scale.numel(), dim, y.data_ptr(), scale.data_ptr(), _threads(x.numel())
+        )
+        return y, scale
+
     def top(self, scores: Tensor, k: int) -> Tensor:
         """fp32 [T, n] -> int64 [T, k]."""
         scores = scores.contiguous()
@@ -198,35 +213,59 @@ def direct(*tensors: Tensor) -> Library | None:
     return lib
 
 
-def pack(keys: Tensor) -> Tensor:
-    """[N, I] -> blocks of 64 keys in groups of 16, zeros behind the last.
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., I] -> int8 of the same shape and fp32 scales [...]: symmetric, the largest value becomes 127."""
+    if lib := direct(x):
+        return lib.quantise(x)
+    x = x.float()
+    scale = x.abs().amax(-1).clamp(min=1e-30) / 127
+    return (x / scale[..., None]).round().to(torch.int8), scale
 
-    fp32 [blocks, 4, I, 16]; bf16 [blocks, 4, I / 2, 16, 2], pairs of dims side by side as dot products read them.
-    """
-    keys = F.pad(_even(keys), (0, 0, 0, -keys.shape[0] % BLOCK))
-    if keys.dtype == torch.bfloat16:
-        return keys.view(-1, BLOCK // GROUP, GROUP, keys.shape[1] // 2, 2).transpose(2, 3).contiguous()
-    return keys.view(-1, BLOCK // GROUP, GROUP, keys.shape[1]).transpose(2, 3).contiguous()
+
+def pack(keys: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[N, I] -> blocks of 64 keys in groups of 16, zeros behind the last, as :func:`packed_pool` lays them out."""
+    pool = packed_pool(-(-keys.shape[0] // BLOCK), keys.shape[1], dtype or keys.dtype)
+    append_packed(pool, keys, torch.arange(keys.shape[0]))
+    return pool
 
 
 def packs(page_size: int, dtype: torch.dtype) -> bool:
     """Whether a pool of such pages is kept packed."""
-    return best() is not None and page_size == BLOCK and dtype in DTYPES
+    return dtype == torch.int8 or best() is not None and page_size == BLOCK and dtype in DTYPES
 
 
 def packed_pool(pages: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Zeros in the layout of :func:`pack`, a page a block."""
-    if dtype == torch.bfloat16:
-        return torch.zeros(pages, BLOCK // GROUP, -(-dim // 2), GROUP, 2, dtype=dtype)
-    return torch.zeros(pages, BLOCK // GROUP, dim, GROUP, dtype=dtype)
+    """Zeros for 64 keys a page, as the kernels read them.
+
+    fp32 [pages, 4, I, 16]; bf16 [pages, 4, I / 2, 16, 2]; int8 as uint8 [pages, 4, I / 4 + 1, 16, 4]: 128 is
+    added to each value, and the last dword of a key is its fp32 scale.
+    """
+    if dtype == torch.float32:
+        return torch.zeros(pages, BLOCK // GROUP, dim, GROUP, dtype=dtype)
+    per = 2 if dtype == torch.bfloat16 else 4
+    dwords = -(-dim // per) + (per == 4)
+    return torch.zeros(pages, BLOCK // GROUP, dwords, GROUP, per, dtype=dtype if per == 2 else torch.uint8)
 
 
 def append_packed(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     """Writes keys [T, I] at storage rows slots int64 [T] of a packed pool."""
-    keys = _even(keys.to(pool.dtype))
-    if keys.dtype == torch.bfloat16:
-        keys = keys.view(-1, keys.shape[1] // 2, 2)
+    if pool.dtype == torch.uint8:
+        keys, scale = quantise(keys)
+        values = (_whole(keys).to(torch.int16) + 128).to(torch.uint8)
+        keys = torch.cat([values, scale[:, None].view(torch.uint8)], 1)
+    keys = _whole(keys.to(pool.dtype))
+    if pool.ndim == 5:
+        keys = keys.view(keys.shape[0], -1, pool.shape[4])
     pool.flatten(0, 1)[slots // GROUP, :, slots % GROUP] = keys
+
+
+def unpack(pool: Tensor, dim: int) -> Tensor:
+    """The keys of a packed pool as rows [pages * 64, I], for the PyTorch backend; int8 as the fp32 it stands for."""
+    rows = pool.flatten(0, 1).movedim(1, 2).flatten(0, 1).flatten(1)
+    if pool.dtype != torch.uint8:
+        return rows[:, :dim]
+    scale = rows[:, -4:].contiguous().view(torch.float32)
+    return (rows[:, :dim].float() - 128) * scale
 
 
 # ------------------------------------------------------------------------------- the ops
@@ -238,7 +277,11 @@ def select(
     lib = best()
     if lib is not None and keys.ndim > 3:
         _tally_pairs(borders, lengths)
-        return lib.select(q.to(keys.dtype), weights, keys, table, borders, lengths, k)
+        q = q if keys.dtype == torch.uint8 else q.to(keys.dtype)
+        return lib.select(q, weights, keys, table, borders, lengths, k)
+    if keys.dtype == torch.uint8:
+        values, scale = quantise(q)
+        q, weights, keys = values.float(), weights.float() * scale, unpack(keys, q.shape[-1])[:, None]
     keys = keys.flatten(0, -2)
     if lib is None or keys.dtype not in DTYPES or q.dtype != keys.dtype:
         return torch_tiled.select(q, weights, keys, table, page_size, borders, lengths, k)
@@ -283,9 +326,10 @@ def _tally_pairs(borders: Sequence[int], lengths: Sequence[int]) -> None:
             work.pairs_scored += rows * length - rows * (rows - 1) // 2
 
 
-def _even(x: Tensor) -> Tensor:
-    """bf16 dims in pairs."""
-    return F.pad(x, (0, 1)) if x.dtype == torch.bfloat16 and x.shape[-1] % 2 else x
+def _whole(x: Tensor) -> Tensor:
+    """Zeros behind the last dim, to whole dwords."""
+    missing = -x.shape[-1] % (4 // x.element_size())
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def _bf16(x: Tensor) -> int:
