@@ -79,7 +79,9 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
         text = _print_stream(model.stream(prompt, SamplingParams(max_tokens, 0.8, None, seed)))
     seconds = time.perf_counter() - began
     full, layers = len(config.full_layers), config.num_hidden_layers
-    everywhere = work.pairs_scored * layers // full
+    # Of the prompt, the last layer works at the last token alone: as a Full one it would score the others neither.
+    skipped = len(model.tokenizer.encode(prompt)) - 1
+    everywhere = work.pairs_scored * layers // full - skipped * (skipped + 1) // 2
     tokens = len(model.tokenizer.encode(text))
     console.print(f"\nlayers       {full} Full + {layers - full} Shared ({config.pattern})")
     console.print(

@@ -74,19 +74,18 @@ def prefill(
 ) -> torch.Tensor:
     """Runs ids through the model in chunks; returns the logits [V] after the last one."""
     device = model.lm_head.weight.device
-    hidden = None
     for begin in range(0, len(ids), chunk):
         part = list(ids[begin : begin + chunk])
         given = {} if replay is None else replay.rows(cache.length(request), part, device)
         tape = None if record is None else Tape(indexers=False)
+        wanted = int(begin + chunk >= len(ids))  # rows whose hidden states are read
         output = model(
-            torch.tensor(part, device=device), cache.extend([request], [len(part)]), cache, tape=tape, **given
-        )
+            torch.tensor(part, device=device), cache.extend([request], [len(part)]), cache, tape=tape,
+            tail=None if record is not None else [wanted], **given,
+        )  # fmt: skip
         if record is not None and tape is not None:
             record.append(part, output.selections, tape.experts)
-        hidden = output.hidden
-    assert hidden is not None
-    return model.logits(hidden[-1:])[0]
+    return model.logits(output.hidden[-1:])[0]
 
 
 def generate(

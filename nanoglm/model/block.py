@@ -22,6 +22,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
 
+    def write_keys(self, x_TD: Tensor, step: Pass) -> None:
+        """Only what other tokens will attend to; nothing of the residual stream."""
+        self.self_attn.write_keys(self.input_layernorm(x_TD), step)
+
     def forward(self, x_TD: Tensor, step: Pass, selection: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the residual stream [T, D] and the Selection for the layers that share it."""
         attended_TD, selection = self.self_attn(self.input_layernorm(x_TD), step, selection)

@@ -35,8 +35,8 @@ from nanoglm.ops import Batch
 class Output(NamedTuple):
     """Result of one pass of the main model."""
 
-    hidden: Tensor  # [T, D], after the final norm: feeds the head and the MTP layer
-    selections: list[Tensor | None]  # one int32 [T, K] a layer; a Shared layer's is its source's object
+    hidden: Tensor  # [T, D], after the final norm: feeds the head and the MTP layer; of the rows asked for
+    selections: list[Tensor | None]  # one int32 [T, K] a layer; a Shared layer's is its source's object (not at a tail)
     step: Pass  # the pass itself, which MTP drafting continues
 
 
@@ -74,6 +74,7 @@ class GLM(nn.Module):
         selections: Sequence[Tensor] | None = None,
         routes: Mapping[int, Tensor] | None = None,
         tape: Tape | None = None,
+        tail: Sequence[int] | None = None,
     ) -> Output:
         """Runs the decoder layers over one ragged batch.
 
@@ -85,6 +86,8 @@ class GLM(nn.Module):
             selections: one int32 [T, K] a layer, replayed instead of the indexers' own.
             routes: per MoE layer expert ids int64 [T, k], replayed instead of the routers' choice.
             tape: collects what training losses need.
+            tail: of how many of each request's last rows the hidden states are wanted (default: of all). The
+                last layer then writes every row's keys and works at those rows only; nothing else reads it.
 
         Raises:
             ValueError: an expanded form asked for on a paged batch, whose keys are not the batch's rows.
@@ -99,7 +102,12 @@ class GLM(nn.Module):
         for i, layer in enumerate(self.layers):
             if selections is not None:
                 selection = selections[i]
-            x_TD, selection = layer(x_TD, step, selection)  # Full: its own; Shared: the one it received
+            if tail is not None and layer is self.layers[-1]:
+                layer.write_keys(x_TD, step)
+                asked, rows = step.tail(tail)
+                x_TD, selection = layer(x_TD[rows], asked, None if selection is None else selection[rows])
+            else:
+                x_TD, selection = layer(x_TD, step, selection)  # Full: its own; Shared: the one it received
             used.append(selection)
         return Output(self.model.norm(x_TD), used, step)
 

@@ -39,14 +39,17 @@ class Indexer(nn.Module):
         self.k_norm = LayerNorm(self.dim)
         self.weights_proj = Linear(config.hidden_size, self.heads)
 
-    def forward(self, x_TD: Tensor, cq_TQ: Tensor, rotary: Rotary) -> IndexerInputs:
-        """x: the layer's normed hidden state; cq: the normed query latent. Both enter detached:
-        the indexer learns from its own loss and never moves the backbone."""
+    def keys(self, x_TD: Tensor, rotary: Rotary) -> Tensor:
+        """Index keys [T, I] of the layer's normed hidden state, which enters detached."""
+        return self._rope_first(self.k_norm(self.wk(x_TD.detach())), rotary)
+
+    def queries(self, x_TD: Tensor, cq_TQ: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Queries [T, J, I] and weights fp32 [T, J]. x: the layer's normed hidden state; cq: the normed query
+        latent. Both enter detached: the indexer learns from its own loss and never moves the backbone."""
         x_TD, cq_TQ = x_TD.detach(), cq_TQ.detach()
         q_TJI = self.wq_b(cq_TQ).unflatten(-1, (self.heads, self.dim))
-        keys_TI = self.k_norm(self.wk(x_TD))
         weights_TJ = self.weights_proj.forward_fp32(x_TD) * (self.heads * self.dim) ** -0.5
-        return IndexerInputs(self._rope_first(q_TJI, rotary), weights_TJ, self._rope_first(keys_TI, rotary))
+        return self._rope_first(q_TJI, rotary), weights_TJ
 
     def _rope_first(self, x: Tensor, rotary: Rotary) -> Tensor:
         return torch.cat([rotary(x[..., : self.rope_dim]), x[..., self.rope_dim :]], -1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanoglm import ops
 from nanoglm.config import GLMConfig
-from nanoglm.model.indexer import Indexer
+from nanoglm.model.indexer import Indexer, IndexerInputs
 from nanoglm.model.layers import Linear, RMSNorm
 from nanoglm.model.step import Pass
 
@@ -46,27 +46,37 @@ class MLA(nn.Module):
         cq_TQ = self.q_a_layernorm(self.q_a_proj(x_TD))
         q_nope_THA, q_rope_THR = self.q_b_proj(cq_TQ).unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         q_rope_THR = step.rotary(q_rope_THR)
-        if not step.reuse_keys:
-            c_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
-            step.store.write_latent(self.layer, self.kv_a_layernorm(c_TC), step.rotary(k_rope_TR), step.batch)
-            if self.indexer is not None:
-                selection = self._select(x_TD, cq_TQ, step, selection)
+        keys_TI = None if step.reuse_keys else self.write_keys(x_TD, step)
+        if self.indexer is not None:
+            selection = self._select(x_TD, cq_TQ, keys_TI, step, selection)
         if step.attention != "dense" and selection is None:
             raise RuntimeError(f"layer {self.layer} is Shared and got no Selection from an earlier Full layer")
         attend = self._absorbed if step.attention == "sparse" else self._expanded
         o_THV = attend(q_nope_THA, q_rope_THR, step, selection)
         return self.o_proj(o_THV.flatten(1)), selection
 
-    def _select(self, x_TD: Tensor, cq_TQ: Tensor, step: Pass, given: Tensor | None) -> Tensor | None:
+    def write_keys(self, x_TD: Tensor, step: Pass) -> Tensor | None:
+        """Keeps the latents and, on a Full layer, the index keys, which are returned, of these tokens."""
+        c_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
+        step.store.write_latent(self.layer, self.kv_a_layernorm(c_TC), step.rotary(k_rope_TR), step.batch)
+        if self.indexer is None or (step.attention == "dense" and step.recording is None):
+            return None
+        keys_TI = self.indexer.keys(x_TD, step.rotary)
+        step.store.write_index_keys(self.layer, keys_TI, step.batch)
+        return keys_TI
+
+    def _select(
+        self, x_TD: Tensor, cq_TQ: Tensor, keys_TI: Tensor | None, step: Pass, given: Tensor | None
+    ) -> Tensor | None:
         """The Full layer's own Selection, or ``given`` when the pass replays recorded ones."""
         assert self.indexer is not None
-        if step.attention == "dense" and step.recording is None:
-            return None
-        q_TJI, weights_TJ, keys_TI = inputs = self.indexer(x_TD, cq_TQ, step.rotary)
-        if step.recording is not None:
-            step.recording.indexer[self.layer] = inputs
-        step.store.write_index_keys(self.layer, keys_TI, step.batch)
-        if step.replay or step.attention == "dense":
+        chooses = not step.replay and step.attention != "dense"
+        if not chooses and step.recording is None:
+            return given
+        q_TJI, weights_TJ = self.indexer.queries(x_TD, cq_TQ, step.rotary)
+        if step.recording is not None and keys_TI is not None:
+            step.recording.indexer[self.layer] = IndexerInputs(q_TJI, weights_TJ, keys_TI)
+        if not chooses:
             return given
         return ops.select(q_TJI, weights_TJ, step.store.index_keys(self.layer), step.batch, self.topk)
 

@@ -6,7 +6,7 @@ kept, and which form attention takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -44,15 +44,22 @@ class Pass:
     store: Store
     attention: Attention = "sparse"
     replay: bool = False  # Full layers take the Selection they are given instead of their own
-    reuse_keys: bool = False  # MTP steps after the first: attend to the keys of step 0, write none
+    reuse_keys: bool = False  # the keys are written already: attend to them, write none
     tape: Tape | None = None
     routes: Mapping[int, Tensor] | None = None  # per MoE layer int64 [T, k]: replayed instead of the router's choice
 
     @property
     def recording(self) -> Tape | None:
-        """The tape, if indexers and teachers are to be kept on it. Later MTP steps have neither."""
+        """The tape, if indexers and teachers are to be kept on it. Passes that reuse keys have neither."""
         return self.tape if self.tape is not None and self.tape.indexers and not self.reuse_keys else None
 
     def draft(self, rotary: Rotary) -> Pass:
         """The same pass for a later MTP step: rotated further, keys and Selection of step 0 (KVShare)."""
-        return replace(self, rotary=rotary, reuse_keys=True)
+        return replace(self, rotary=rotary, reuse_keys=True, replay=True)
+
+    def tail(self, counts: Sequence[int]) -> tuple[Pass, Tensor]:
+        """The same pass for the last ``counts`` rows of each request, whose keys are written; and those rows."""
+        batch, rows = self.batch.tail(counts)
+        routes = self.routes and {layer: ids_Tk[rows] for layer, ids_Tk in self.routes.items()}
+        rotary = Rotary(self.rotary.cos[rows], self.rotary.sin[rows])
+        return replace(self, batch=batch, rotary=rotary, reuse_keys=True, routes=routes), rows

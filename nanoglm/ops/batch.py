@@ -8,8 +8,9 @@ whole-sequence scoring use the same rule with pages of one row, so no op has two
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -68,6 +69,13 @@ class Batch:
         last = torch.tensor(list(counts), device=device) - 1
         table = first[:, None] + torch.minimum(offsets[None], last[:, None])
         return cls.build(counts, counts, table.int(), 1)
+
+    def tail(self, counts: Sequence[int]) -> tuple[Batch, Tensor]:
+        """The same requests with only the last ``counts`` of their rows, and which rows those are, int64."""
+        ends = zip(self.borders[1:], counts, strict=True)
+        rows = torch.cat([torch.arange(end - n, end, device=self.positions.device) for end, n in ends])
+        borders = (0, *accumulate(counts))
+        return replace(self, borders=borders, positions=self.positions[rows], requests=self.requests[rows]), rows
 
     @cached_property  # every layer asks
     def slots(self) -> Tensor:

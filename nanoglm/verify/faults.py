@@ -93,7 +93,7 @@ def _eps_1e_5(self: layers.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
-_best_keys, _indexer_forward, _select = torch_tiled._best_keys, indexer.Indexer.forward, torch_tiled.select
+_best_keys, _queries, _select = torch_tiled._best_keys, indexer.Indexer.queries, torch_tiled.select
 
 
 def _no_relu(*args: Any) -> Tensor:
@@ -101,30 +101,30 @@ def _no_relu(*args: Any) -> Tensor:
         return _best_keys(*args)
 
 
-def _inputs(change: Any) -> Any:
-    """The indexer with its inputs to scoring changed."""
+def _weights(change: Any) -> Any:
+    """The indexer with its head weights changed."""
 
-    def forward(self: indexer.Indexer, x: Tensor, cq: Tensor, rotary: layers.Rotary) -> indexer.IndexerInputs:
-        return change(self, _indexer_forward(self, x, cq, rotary))
+    def queries(self: indexer.Indexer, x: Tensor, cq: Tensor, rotary: layers.Rotary) -> tuple[Tensor, Tensor]:
+        q_TJI, weights_TJ = _queries(self, x, cq, rotary)
+        return q_TJI, change(self, weights_TJ)
 
-    return forward
-
-
-def _without_head_scale(self: indexer.Indexer, inputs: indexer.IndexerInputs) -> indexer.IndexerInputs:
-    return inputs._replace(weights_TJ=inputs.weights_TJ * self.heads**0.5)
+    return queries
 
 
-def _softmax_weights(self: indexer.Indexer, inputs: indexer.IndexerInputs) -> indexer.IndexerInputs:
-    return inputs._replace(weights_TJ=inputs.weights_TJ.softmax(-1))
+def _without_head_scale(self: indexer.Indexer, weights_TJ: Tensor) -> Tensor:
+    return weights_TJ * self.heads**0.5
 
 
-def _bf16_weights(self: indexer.Indexer, inputs: indexer.IndexerInputs) -> indexer.IndexerInputs:
-    return inputs._replace(weights_TJ=inputs.weights_TJ.bfloat16().float())
+def _softmax_weights(self: indexer.Indexer, weights_TJ: Tensor) -> Tensor:
+    return weights_TJ.softmax(-1)
 
 
-def _half_of_the_heads(self: indexer.Indexer, inputs: indexer.IndexerInputs) -> indexer.IndexerInputs:
-    mine = torch.arange(self.heads) < self.heads // 2
-    return inputs._replace(weights_TJ=inputs.weights_TJ * mine)
+def _bf16_weights(self: indexer.Indexer, weights_TJ: Tensor) -> Tensor:
+    return weights_TJ.bfloat16().float()
+
+
+def _half_of_the_heads(self: indexer.Indexer, weights_TJ: Tensor) -> Tensor:
+    return weights_TJ * (torch.arange(self.heads) < self.heads // 2)
 
 
 def _raw_query_latent(self: mla.MLA, x: Tensor, cq: Tensor, *rest: Any) -> Any:
@@ -168,10 +168,10 @@ _plant("indexer without ReLU", "8.6", _torch_backend, (torch_tiled, "_best_keys"
 _plant("k_norm as RMSNorm", "8.2", (layers.LayerNorm, "forward", _rms))
 _plant("k_norm without its bias", "8.2", (layers.LayerNorm, "forward", _no_bias))
 _plant("k_norm with eps 1e-5", "8.2", (layers.LayerNorm, "forward", _eps_1e_5))
-_plant("head weights without n_heads^-0.5", "2.6", (indexer.Indexer, "forward", _inputs(_without_head_scale)))
-_plant("softmax over head weights", "2.6", (indexer.Indexer, "forward", _inputs(_softmax_weights)))
-_plant("head weights in bf16", "2.6", (indexer.Indexer, "forward", _inputs(_bf16_weights)))
-_plant("indexer heads sharded, not summed", "8.18", (indexer.Indexer, "forward", _inputs(_half_of_the_heads)))
+_plant("head weights without n_heads^-0.5", "2.6", (indexer.Indexer, "queries", _weights(_without_head_scale)))
+_plant("softmax over head weights", "2.6", (indexer.Indexer, "queries", _weights(_softmax_weights)))
+_plant("head weights in bf16", "2.6", (indexer.Indexer, "queries", _weights(_bf16_weights)))
+_plant("indexer heads sharded, not summed", "8.18", (indexer.Indexer, "queries", _weights(_half_of_the_heads)))
 _plant("indexer reads the un-normed query latent", "2.6", (mla.MLA, "_select", _raw_query_latent))
 _plant("newest key written after scoring", "2.6", _torch_backend, (torch_tiled, "select", _late_key))
 _plant("self not selectable", "2.6", _torch_backend, (torch_tiled, "select", _self_excluded))
@@ -345,7 +345,7 @@ def _dense_draft(self: mtp.MTPLayer, next_TD: Tensor, hidden: Tensor, step: Any,
 
 def _own_keys(self: mtp.MTPLayer, next_TD: Tensor, hidden: Tensor, step: Any, selection: Any) -> Any:
     """Later steps write keys and select anew over them, as GLM-5.1 did."""
-    return _mtp_draft(self, next_TD, hidden, replace(step, reuse_keys=False), None)
+    return _mtp_draft(self, next_TD, hidden, replace(step, reuse_keys=False, replay=False), None)
 
 
 def _still(self: glm.GLM, ids: Tensor, hidden: Tensor, step: Any, *, depth: int = 0, selection: Any = None) -> Any:

@@ -127,3 +127,22 @@ def test_gemm_rows_are_independent_of_their_number() -> None:
 
 def test_page_holds_64_tokens() -> None:
     assert PAGE == 64
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 64, 500])
+def test_a_tail_equals_the_whole(model: GLM, ids: torch.Tensor, whole, chunk: int) -> None:
+    """The last layer at no row, at one and at several gives what the whole pass gives, and writes the same keys."""
+    cache = shuffled_cache(model)
+    mine, other = cache.open(), cache.open()
+    for begin in range(0, LENGTH, chunk):
+        part = ids[begin : begin + chunk]
+        batch = cache.extend([other, mine], [1, len(part)])
+        wanted = [(begin // chunk) % 2, min(len(part), begin // chunk % 3)]
+        output = model(torch.cat([ids[:1], part]), batch, cache, tail=wanted)
+        assert output.hidden.shape[0] == sum(wanted)
+        end = begin + len(part)
+        logits = model.logits(output.hidden)[wanted[0] :]
+        assert torch.equal(logits, whole[0][end - wanted[1] : end])
+        last = output.selections[-1]
+        assert last is not None and torch.equal(last[wanted[0] :], whole[1][-1][end - wanted[1] : end])

@@ -47,7 +47,8 @@ def test_prefill_of_65536_tokens() -> None:
     result = json.loads(done.stdout)
     for length in (16_384, 65_536):
         _, pairs, rows = result[str(length)]
-        assert (pairs, rows) == formula(length, full=2, layers=4, k=16)
+        whole, tail = formula(length, full=2, layers=3, k=16), 16  # the last layer, a Shared one, works at one row
+        assert (pairs, rows) == (whole[0], whole[1] + tail)
     assert result["peak"] < 1.5e9
     ratio = result["65536"][0] / result["16384"][0]
     assert ratio <= 4**2.1, result

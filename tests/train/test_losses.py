@@ -118,7 +118,7 @@ def test_mtp_reads_no_token_it_predicts(model: GLM, ids: Tensor) -> None:
         output = run(model, ids, "dense")
         first, second = (float(losses.mtp(model, run(model, x, "dense"), x, 1)[0]) for x in (ids, changed))
         hidden, _ = model.draft(ids.roll(-1, 1).flatten(), output.hidden, output.step)
-        logits = model.logits(hidden[LENGTH - 3])
+        logits = model.logits(hidden[LENGTH - 3 : LENGTH - 2])[0]
     moved = nats(logits, int(changed[0, -1])) - nats(logits, int(ids[0, -1]))
     assert second - first == pytest.approx(moved, abs=2e-4)
     assert abs(moved) > 0.01
