@@ -49,21 +49,37 @@ inline void put_all(uint16_t* to, const float* from, int n) {
   for (; i < n; i++) to[i] = narrow(from[i]);
 }
 
-#if defined(__AVX512F__)
-#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 16, high + 1, high + 17, high + 2, high + 18, high + 3, high + 19, \
-  high + 4, high + 20, high + 5, high + 21, high + 6, high + 22, high + 7, high + 23)
-#elif defined(__AVX__)
-#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 8, high + 1, high + 9, high + 2, high + 10, high + 3, high + 11)
-#else
-#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 4, high + 1, high + 5)
-#endif
-
 template <class X> inline vf rounded(vf x) { return x; }
 #ifdef __AVX512BF16__
 template <> inline vf rounded<uint16_t>(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16)); }
 #endif
 
 // Rows of dwords become columns.
+#if defined(__AVX512F__)
+inline __attribute__((always_inline)) void transpose(vi* rows) {
+  __m512i *t = (__m512i*)rows, u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) u[i] = _mm512_unpacklo_epi32(t[i], t[i + 1]), u[i + 1] = _mm512_unpackhi_epi32(t[i], t[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // t[i + j], quarter l: rows i to i + 3 of column 4 l + j
+    t[i] = _mm512_unpacklo_epi64(u[i], u[i + 2]), t[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+    t[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]), t[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    __m512i even = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), odd = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
+    __m512i even2 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88), odd2 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(even, even2, 0x88), t[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    t[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88), t[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
+}
+#else
+#ifdef __AVX__
+#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 8, high + 1, high + 9, high + 2, high + 10, high + 3, high + 11)
+#else
+#define INTERLEAVE(a, b, high) __builtin_shufflevector(a, b, high, high + 4, high + 1, high + 5)
+#endif
+
 inline __attribute__((always_inline)) void transpose(vi* t) {
 #pragma GCC unroll 4
   for (int stage = 1; stage < LANES; stage *= 2) {
@@ -77,12 +93,16 @@ inline __attribute__((always_inline)) void transpose(vi* t) {
     for (int i = 0; i < LANES; i++) t[i] = u[i];
   }
 }
+#endif
 
 // LANES dwords of `count` weights' rows, zeros where there is nothing, as columns.
 template <class X> inline __attribute__((always_inline)) void columns(const X* w, int64_t stride, int count, int inputs, vi* t) {
   if (count >= LANES && inputs >= LANES * Dot<X>::PER) {
 #pragma GCC unroll 16
-    for (int r = 0; r < LANES; r++) memcpy(&t[r], w + r * stride, sizeof(vi));
+    for (int r = 0; r < LANES; r++) {
+      memcpy(&t[r], w + r * stride, sizeof(vi));
+      __builtin_prefetch(w + (r + LANES) * stride, 0, 2);  // of the next outputs: the processor sees no pattern there
+    }
   } else {
     for (int r = 0; r < LANES; r++) {
       t[r] = vi{};
@@ -115,7 +135,7 @@ template <class X> struct Matrix {
   }
 };
 
-// Up to ROWS rows with one vector of outputs, straight from the weights: sums [M][LANES].
+// Up to ROWS rows with one vector of outputs, straight from the weights: sums [M][PANEL].
 template <class X, int M> inline void few(const X* const* x, const Matrix<X>& w, int count, int inputs, float* sums) {
   typedef Dot<X> D;
   typename D::vec a[M];
@@ -134,7 +154,7 @@ template <class X, int M> inline void few(const X* const* x, const Matrix<X>& w,
         for (int m = 0; m < M; m++) a[m] = D::add(a[m], t[j], x[m] + k + j * D::PER);
     }
   }
-  for (int m = 0; m < M; m++) memcpy(sums + m * LANES, &a[m], sizeof a[m]);
+  for (int m = 0; m < M; m++) memcpy(sums + m * PANEL, &a[m], sizeof(vf));
 }
 
 template <class X, int M, int V> inline void tile(const X* const* x, int from, const uint32_t* panel, int dwords, float* sums) {
@@ -202,12 +222,10 @@ template <class X> struct Products {  // scratch of one thread, kept from call t
     typedef Dot<X> D;
     const int vectors = (count + LANES - 1) / LANES;
     if (rows <= ROWS) {
-      float out[ROWS * LANES];
       for (int v = 0; v < vectors; v++) {
-#define CALL(M) few<X, M>(x, w.from(v * LANES, 0), count - v * LANES, inputs, out)
+#define CALL(M) few<X, M>(x, w.from(v * LANES, 0), count - v * LANES, inputs, sums.data + v * LANES)
         FOR_ROWS(rows, CALL)
 #undef CALL
-        for (int m = 0; m < rows; m++) memcpy(sums.data + m * PANEL + v * LANES, out + m * LANES, sizeof(vf));
       }
       return;
     }

@@ -19,12 +19,13 @@ from torch import Tensor
 from nanoglm.errors import InputError
 from nanoglm.ops import cpu, torch_tiled
 from nanoglm.ops.batch import Batch
+from nanoglm.ops.cpu import quantise
 from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
-    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "headwise", "index_append",
-    "index_pool", "linear", "mlp", "rms_norm", "rotate", "select", "sigmoid", "silu", "sparse_attention", "top",
+    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "experts_int8", "headwise", "index_append",
+    "index_pool", "linear", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid", "silu", "sparse_attention", "top",
 ]  # fmt: skip
 
 
@@ -213,6 +214,26 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     """
     run = cpu.experts if cpu.direct(x, gate_up, down) and not weights.requires_grad else _experts
     return run(x, ids, weights, gate_up, down)
+
+
+@torch.library.custom_op("nanoglm::experts_int8", mutates_args=())
+def experts_int8(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """The same with int8 weights, made for decoding; inference only.
+
+    gate_up int8 [E, 2W, D] with fp32 scales [E, 2W], down int8 [E, D, W] with scales [E, D]: a scale per output
+    (:func:`quantise` makes them). Activations are quantised the same way, row by row, before each product.
+    """
+    return torch_tiled.experts_int8(x, ids, weights, gate_up, gate_up_scale, down, down_scale)
+
+
+experts_int8.register_kernel("cpu")(cpu.experts_int8)
+
+
+@experts_int8.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
 
 
 # ------------------------------------------------------------------------------ cache

@@ -51,6 +51,13 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     return torch.stack(rows).to(x.dtype)
 
 
+def experts_int8(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """The experts that the int8 weights stand for, on x as it is: what quantising activations is measured against."""
+    return experts(x, ids, weights, gate_up * gate_up_scale[..., None], down * down_scale[..., None])
+
+
 def _visible_rows(row: int, batch: Batch) -> list[int]:
     """Storage rows of the positions a batch row may see: its own and all before it."""
     request = int(batch.requests[row])

@@ -75,6 +75,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
 
 
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., I] -> int8 of the same shape and fp32 scales [...]: symmetric, the largest value becomes 127."""
+    x = x.float()
+    scale = x.abs().amax(-1).clamp(min=1e-30) / 127
+    return (x / scale[..., None]).round().to(torch.int8), scale
+
+
 # ------------------------------------------------------------------------------ selection
 def sort_keys(scores: Tensor, positions: Tensor) -> Tensor:
     """The total tie rule as one int64: higher score first, -0.0 = +0.0, then lower position.
@@ -279,6 +286,24 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
             gate, up = linear(x[slots // k], gate_up[expert]).chunk(2, -1)
             results[slots] = linear(silu(gate) * up, down[expert])
     return (results.view(*ids.shape, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+
+
+def experts_int8(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """Routed experts with int8 weights [E, 2W, D], [E, D, W] and a scale per output; x is quantised per row."""
+
+    def product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        values, row_scale = quantise(rows)
+        whole = values.double() @ weight.double().mT  # exact: int8 sums of any width stay below 2^53
+        return whole.float() * row_scale[:, None] * scale
+
+    k, results = ids.shape[1], torch.empty(ids.numel(), x.shape[1], device=x.device)
+    for expert, slots in enumerate(_by_expert(ids, gate_up.shape[0])):
+        if slots.numel():
+            gate, up = product(x[slots // k], gate_up[expert], gate_up_scale[expert]).chunk(2, -1)
+            results[slots] = product(silu(gate) * up, down[expert], down_scale[expert])
+    return (results.view(*ids.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
 
 
 def experts_backward(

@@ -35,6 +35,7 @@ _SIGNATURES = {  # of csrc's exported functions
     "select": "ippppqppqiiipi",
     "sparse_attention": "ipppppppqqqiiiifpi",
     "experts": "ippppppqqqiiiipi",
+    "experts_int8": "pppppppqiiiipi",
     "linear": "ipqqpqqiqiiipi",
     "rms_norm": "ipqpfqipi",
     "rotate": "ipqqppqiipi",
@@ -97,6 +98,23 @@ class Library:
             out.data_ptr(), _threads(ids.numel() * dim * width),
         )  # fmt: skip
         return None if failed else out
+
+    def experts_int8(
+        self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor,
+        down_scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Routed experts with int8 weights."""
+        wide, ids, weights = x.float().contiguous(), ids.long().contiguous(), weights.float().contiguous()
+        gate_up, down = gate_up.contiguous(), down.contiguous()
+        gate_up_scale, down_scale = gate_up_scale.contiguous(), down_scale.contiguous()
+        out = torch.empty_like(wide)
+        experts, dim, width = down.shape
+        self.handle.nanoglm_experts_int8(
+            wide.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate_up.data_ptr(), gate_up_scale.data_ptr(),
+            down.data_ptr(), down_scale.data_ptr(), x.shape[0], ids.shape[1], experts, dim, width, out.data_ptr(),
+            _threads(ids.numel() * dim * width),
+        )  # fmt: skip
+        return out.to(x.dtype)
 
     def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         """SwiGLU of x [T, D]; None as above."""
@@ -215,11 +233,8 @@ def direct(*tensors: Tensor) -> Library | None:
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., I] -> int8 of the same shape and fp32 scales [...]: symmetric, the largest value becomes 127."""
-    if lib := direct(x):
-        return lib.quantise(x)
-    x = x.float()
-    scale = x.abs().amax(-1).clamp(min=1e-30) / 127
-    return (x / scale[..., None]).round().to(torch.int8), scale
+    lib = direct(x)
+    return lib.quantise(x) if lib else torch_tiled.quantise(x)
 
 
 def pack(keys: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -316,6 +331,14 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     lib, alike = best(), x.dtype in DTYPES and x.dtype == gate_up.dtype == down.dtype
     out = lib.experts(x, ids, weights, gate_up, down) if lib is not None and alike else None
     return torch_tiled.experts(x, ids, weights, gate_up, down) if out is None else out
+
+
+def experts_int8(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """As :func:`nanoglm.ops.experts_int8`."""
+    run = torch_tiled.experts_int8 if (lib := best()) is None else lib.experts_int8
+    return run(x, ids, weights, gate_up, gate_up_scale, down, down_scale)
 
 
 def _tally_pairs(borders: Sequence[int], lengths: Sequence[int]) -> None:
