@@ -20,6 +20,7 @@ from rich.table import Table
 
 from nanoglm import plan as planning
 from nanoglm.api import checkpoint_directory, load
+from nanoglm.bench.commands import Verb
 from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
@@ -297,6 +298,14 @@ def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: 
     run(preset, read_text(text), Recipe(steps=steps, seed=seed), out)
 
 
+def bench(verb: Annotated[Verb, tyro.conf.arg(name="")]) -> None:
+    """Measure: ops, prefill and decoding, each figure beside its limit; and the page made of it.
+
+    Args:
+        verb: What to measure; it has run when this is called.
+    """
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "demo": demo,
@@ -305,6 +314,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "slice": slice_,
     "plan": plan,
     "verify": verify_,
+    "bench": bench,
     "doctor": doctor,
     "train": train,
 }

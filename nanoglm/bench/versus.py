@@ -1,0 +1,66 @@
+"""``nanoglm bench prefill --peer transformers``: both engines at one shape, each run a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from statistics import median
+
+from nanoglm.bench.prefill import shape
+from nanoglm.bench.result import Result, Row
+from nanoglm.bench.shapes import bench_nano
+from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds
+from nanoglm.errors import InputError
+
+MEMORY = {"default": {}, "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}  # torch's own switch
+ENGINES = ("nanoglm", "transformers")
+
+
+def versus(
+    lengths: tuple[int, ...] = (4096, 8192), rounds: int = 3, tokens: int = 8, engines: tuple[str, ...] = ENGINES,
+    progress: Progress = lambda what, share: None,
+) -> Result:  # fmt: skip
+    """Prefill, decoding and memory of both, with default memory and with huge pages, processes in turns.
+
+    Raises:
+        InputError: too few rounds, lengths out of range, or the peer is not installed or ends with an error.
+    """
+    check_rounds(rounds)
+    check_lengths(lengths, 64)
+    if "transformers" in engines and find_spec("transformers") is None:
+        raise InputError("peer is transformers, which is not installed; expected pip install 'nanoglm[verify]'")
+    runs: dict[tuple[int, str, str], list[Row]] = {}
+    keys = [(length, memory, engine) for length in lengths for memory in MEMORY for engine in engines]
+    for turn in range(rounds):
+        for i, key in enumerate(keys):
+            length, memory, engine = key
+            progress(f"{engine}, {length:,} tokens, {memory}", (turn + i / len(keys)) / rounds)
+            runs.setdefault(key, []).append(_run(engine, length, tokens, MEMORY[memory]))
+    result = Result("peer", rounds, shape(bench_nano(8), "bf16", None) | {"layers": "all-Full"})
+    result.rows["peer"] = table = []
+    for (length, memory, engine), found in runs.items():
+        prefill = Sample.of([row["seconds"] for row in found])
+        peaks = [row["peak_gb"] for row in found if row["peak_gb"] is not None]
+        table.append({
+            "engine": engine, "memory": memory, "length": length, "seconds": prefill.median, "low": prefill.low,
+            "high": prefill.high, "decode_ms": median(row["decode_ms"] for row in found),
+            "peak_gb": median(peaks) if peaks else None,
+            "times": prefill.median / Sample.of([row["seconds"] for row in runs[length, memory, engines[0]]]).median,
+        })  # fmt: skip
+    return result
+
+
+def _run(engine: str, length: int, tokens: int, extra: dict[str, str]) -> Row:
+    command = [sys.executable, "-m", "nanoglm.bench.peer", engine, str(length), str(tokens)]
+    clean = {name: value for name, value in os.environ.items() if name not in MEMORY["huge pages"]}
+    done = subprocess.run(
+        command, env=clean | {"HF_HUB_OFFLINE": "1"} | extra, capture_output=True, text=True
+    )  # fmt: skip
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise InputError(f"{engine} at {length} tokens ended with {done.returncode}: {said[-1] if said else 'no word'}")
+    figures: Row = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
