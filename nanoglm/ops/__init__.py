@@ -24,8 +24,9 @@ from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
-    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "experts_int8", "headwise", "index_append",
-    "index_pool", "linear", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid", "silu", "sparse_attention", "top",
+    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "experts_int8", "headwise",
+    "index_append", "index_pool", "linear", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid", "silu",
+    "sparse_attention", "top",
 ]  # fmt: skip
 
 

@@ -179,12 +179,12 @@ def test_int8_experts_equal_torchs_and_reference(isa: str, tokens, dim, width, c
     ids = torch.rand(tokens, count).topk(k).indices
     arguments = (x, ids, weights, *ops.quantise(gate_up), *ops.quantise(down))
     found = ops.experts_int8(*arguments)
-    scale = (weights.sum(-1).max() * 1.0).clamp(min=1)
+    scale = weights.sum(-1).max().clamp(min=1)
     # One activation may round the other way after silu: a step of 1 / 127 of one input.
     assert float((found.float() - torch_tiled.experts_int8(*arguments).float()).abs().max() / scale) < 0.03
     expected = reference.experts_int8(x.float(), *arguments[1:])
-    error = (found.float() - expected).norm() / expected.norm().clamp(min=0.1 * scale)
-    assert float(error) < 0.05
+    # Activations have steps of 1 / 127 of their largest; gate times up can double that, sums over inputs average it.
+    assert float((found.float() - expected).abs().max() / expected.abs().max().clamp(min=scale)) < 0.1
     row = slice(seed % tokens, seed % tokens + 1)
     assert torch.equal(ops.experts_int8(x[row], ids[row], weights[row], *arguments[3:]), found[row])
 
