@@ -79,15 +79,11 @@ void run(const X* x, const int64_t* ids, const float* weights, const Weights<X>&
 }  // namespace
 
 // x [tokens, dim]; ids and weights [tokens, k], or NULL for one expert and k = 1; gate and up [width, dim] of expert
-// e at e * step values, down [dim, width] at e * down_step. Returns 0, or 1 if this library has no bf16 products.
-EXPORT int nanoglm_experts(int bf16, const void* x, const int64_t* ids, const float* weights, const void* gate, const void* up, const void* down, int64_t step,
+// e at e * step values, down [dim, width] at e * down_step.
+EXPORT void nanoglm_experts(int bf16, const void* x, const int64_t* ids, const float* weights, const void* gate, const void* up, const void* down, int64_t step,
                            int64_t down_step, int64_t tokens, int k, int experts, int dim, int width, void* out, int threads) {
   if (!bf16)
-    return run((const float*)x, ids, weights, {(const float*)gate, (const float*)up, (const float*)down, step, down_step}, tokens, k, experts, dim, width, (float*)out, threads), 0;
-#ifdef __AVX512BF16__
+    return run((const float*)x, ids, weights, {(const float*)gate, (const float*)up, (const float*)down, step, down_step}, tokens, k, experts, dim, width, (float*)out, threads);
   typedef const uint16_t* P;
-  return run((P)x, ids, weights, {(P)gate, (P)up, (P)down, step, down_step}, tokens, k, experts, dim, width, (uint16_t*)out, threads), 0;
-#else
-  return 1;
-#endif
+  return run((P)x, ids, weights, {(P)gate, (P)up, (P)down, step, down_step}, tokens, k, experts, dim, width, (uint16_t*)out, threads);
 }

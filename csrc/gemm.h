@@ -24,17 +24,20 @@ template <> struct Dot<float> {
   typedef vf vec;
   static vec add(vec sum, vi w, const float* x) { return sum + (vec)w * splat(*x); }
 };
-#ifdef __AVX512BF16__
 template <> struct Dot<uint16_t> {
   static constexpr int PER = 2;
-  typedef __m512 vec;
+  typedef vf vec;
   static vec add(vec sum, vi w, const uint16_t* x) {
+#ifdef __AVX512BF16__
     int32_t pair;
     memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+#else
+    sum += (vf)(w << 16) * splat(widen(x[0]));
+    return sum + (vf)(w & (int32_t)0xffff0000) * splat(widen(x[1]));
+#endif
   }
 };
-#endif
 
 inline float get(const float* x) { return *x; }
 inline float get(const uint16_t* x) { return widen(*x); }
@@ -50,9 +53,14 @@ inline void put_all(uint16_t* to, const float* from, int n) {
 }
 
 template <class X> inline vf rounded(vf x) { return x; }
+template <> inline vf rounded<uint16_t>(vf x) {
 #ifdef __AVX512BF16__
-template <> inline vf rounded<uint16_t>(vf x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16)); }
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+#else
+  for (int l = 0; l < LANES; l++) x[l] = widen(narrow(x[l]));
+  return x;
 #endif
+}
 
 // Rows of dwords become columns.
 #if defined(__AVX512F__)

@@ -24,13 +24,9 @@ void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t cou
 }  // namespace
 
 // x [count, heads, inputs], w [heads, outputs, inputs] (along: [heads, inputs, outputs]) with these strides,
-// y [count, heads, outputs]. Returns 0, or 1 if this library has no bf16 products.
-EXPORT int nanoglm_linear(int bf16, const void* x, int64_t x_row, int64_t x_head, const void* w, int64_t w_row, int64_t w_head, int along, int64_t count, int heads,
+// y [count, heads, outputs].
+EXPORT void nanoglm_linear(int bf16, const void* x, int64_t x_row, int64_t x_head, const void* w, int64_t w_row, int64_t w_head, int along, int64_t count, int heads,
                           int inputs, int outputs, void* y, int threads) {
-  if (!bf16) return run((const float*)x, {x_row, x_head}, (const float*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (float*)y, threads), 0;
-#ifdef __AVX512BF16__
-  return run((const uint16_t*)x, {x_row, x_head}, (const uint16_t*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (uint16_t*)y, threads), 0;
-#else
-  return 1;
-#endif
+  if (!bf16) return run((const float*)x, {x_row, x_head}, (const float*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (float*)y, threads);
+  return run((const uint16_t*)x, {x_row, x_head}, (const uint16_t*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (uint16_t*)y, threads);
 }

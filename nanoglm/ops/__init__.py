@@ -35,22 +35,19 @@ __all__ = [
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] with weight [out, in] -> [T, out]; a row's bits do not depend on T."""
     lib = cpu.direct(x, weight)
-    y = lib.linear(x, weight) if lib else None
-    return torch_tiled.linear(x, weight) if y is None else y
+    return lib.linear(x, weight) if lib else torch_tiled.linear(x, weight)
 
 
 def headwise(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, H, a] with weight [H, a, b] -> [T, H, b]; a row's bits do not depend on T."""
     lib = cpu.direct(x, weight)
-    y = lib.headwise(x, weight) if lib else None
-    return torch_tiled.headwise(x, weight) if y is None else y
+    return lib.headwise(x, weight) if lib else torch_tiled.headwise(x, weight)
 
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU, (silu(x gateᵀ) * (x upᵀ)) downᵀ: x [T, D], gate and up [W, D], down [D, W] -> [T, D]."""
     lib = cpu.direct(x, gate, up, down)
-    y = lib.mlp(x, gate, up, down) if lib else None
-    return linear(silu(linear(x, gate)) * linear(x, up), down) if y is None else y
+    return lib.mlp(x, gate, up, down) if lib else linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

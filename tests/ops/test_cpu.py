@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.drawing import batches
@@ -18,7 +20,8 @@ from nanoglm.ops import Batch, count_work, cpu, reference, torch_tiled
 
 BUILT = [name for name in cpu.SETS if isinstance(cpu.library(name), cpu.Library)]
 pytestmark = pytest.mark.skipif(not BUILT, reason="no C++ kernels: there was no compiler at installation")
-drawn = settings(deadline=None, max_examples=200, derandomize=True)
+# An emulator runs fewer.
+drawn = settings(deadline=None, max_examples=int(os.environ.get("DRAWN_CASES", "200")), derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
@@ -229,16 +232,17 @@ def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k,
 )
 def test_experts_equal_reference(isa: str, tokens, dim, width, count, data, dtype, seed) -> None:
     k = data.draw(st.integers(1, count))
-    if isa != "avx512":
-        dtype = torch.float32  # bf16 experts are left to torch there
     torch.manual_seed(seed)
     x, gate_up = torch.randn(tokens, dim).to(dtype), (torch.randn(count, 2 * width, dim) * dim**-0.5).to(dtype)
     down, weights = (torch.randn(count, dim, width) * width**-0.5).to(dtype), torch.rand(tokens, k)
     ids = torch.rand(tokens, count).topk(k).indices
     found = ops.experts(x, ids, weights, gate_up, down)
     expected = reference.experts(x.float(), ids, weights, gate_up.float(), down.float())
-    limit = 1e-5 if dtype == torch.float32 else 2e-2
-    assert float((found.float() - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
+    # Measured by what is added up, which may cancel: rounding hidden values to bf16 costs a part of each.
+    both = [(x.float() @ w.float().T).chunk(2, -1) for w in gate_up]
+    sizes = [(F.silu(gate) * up).abs() @ w.float().abs().T for (gate, up), w in zip(both, down, strict=True)]
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    assert float((found.float() - expected).abs().max()) < limit * k * float(torch.stack(sizes).max().clamp(min=1e-3))
     row = seed % tokens  # alone as among others
     one = slice(row, row + 1)
     assert torch.equal(ops.experts(x[one], ids[one], weights[one], gate_up, down), found[one])

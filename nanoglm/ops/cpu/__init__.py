@@ -85,19 +85,19 @@ class Library:
         )  # fmt: skip
         return out
 
-    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
-        """Routed experts; None if this library has no product of that dtype."""
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Routed experts."""
         x, ids, weights = x.contiguous(), ids.long().contiguous(), weights.float().contiguous()
         gate_up, down = gate_up.contiguous(), down.contiguous()
         out = torch.empty_like(x)
         experts, dim, width = down.shape
         gate = gate_up.data_ptr()
-        failed = self.handle.nanoglm_experts(
+        self.handle.nanoglm_experts(
             _bf16(x), x.data_ptr(), ids.data_ptr(), weights.data_ptr(), gate, gate + width * dim * x.element_size(),
             down.data_ptr(), 2 * width * dim, width * dim, x.shape[0], ids.shape[1], experts, dim, width,
             out.data_ptr(), _threads(ids.numel() * dim * width),
         )  # fmt: skip
-        return None if failed else out
+        return out
 
     def experts_int8(
         self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor, down: Tensor,
@@ -116,32 +116,32 @@ class Library:
         )  # fmt: skip
         return out.to(x.dtype)
 
-    def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
-        """SwiGLU of x [T, D]; None as above."""
+    def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """SwiGLU of x [T, D]."""
         x, gate, up, down = x.contiguous(), gate.contiguous(), up.contiguous(), down.contiguous()
         out = torch.empty_like(x)
         dim, width = down.shape
-        failed = self.handle.nanoglm_experts(
+        self.handle.nanoglm_experts(
             _bf16(x), x.data_ptr(), None, None, gate.data_ptr(), up.data_ptr(), down.data_ptr(), 0, 0, x.shape[0], 1, 1,
             dim, width, out.data_ptr(), _threads(x.shape[0] * dim * width),
         )  # fmt: skip
-        return None if failed else out
+        return out
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """x [T, in] with weight [out, in] -> [T, out]; None as above."""
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, in] with weight [out, in] -> [T, out]."""
         if x.stride(1) != 1:
             x = x.contiguous()
         weight = weight.contiguous()
         (count, inputs), outputs = x.shape, weight.shape[0]
         y = x.new_empty(count, outputs)
-        failed = self.handle.nanoglm_linear(
+        self.handle.nanoglm_linear(
             _bf16(x), x.data_ptr(), x.stride(0), 0, weight.data_ptr(), inputs, 0, 0, count, 1, inputs, outputs,
             y.data_ptr(), _threads(count * inputs * outputs),
         )  # fmt: skip
-        return None if failed else y
+        return y
 
-    def headwise(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """x [T, H, a] with weight [H, a, b] -> [T, H, b]; None as above."""
+    def headwise(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, H, a] with weight [H, a, b] -> [T, H, b]."""
         if x.stride(2) != 1:
             x = x.contiguous()
         if 1 not in weight.stride()[1:]:
@@ -149,12 +149,12 @@ class Library:
         along = weight.stride(2) == 1
         (count, heads, inputs), outputs = x.shape, weight.shape[2]
         y = x.new_empty(count, heads, outputs)
-        failed = self.handle.nanoglm_linear(
+        self.handle.nanoglm_linear(
             _bf16(x), x.data_ptr(), x.stride(0), x.stride(1), weight.data_ptr(), weight.stride(1 if along else 2),
             weight.stride(0), along, count, heads, inputs, outputs, y.data_ptr(),
             _threads(count * heads * inputs * outputs),
         )  # fmt: skip
-        return None if failed else y
+        return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, D] -> the same shape."""
@@ -329,8 +329,8 @@ def sparse_attention(
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As :func:`nanoglm.ops.experts`."""
     lib, alike = best(), x.dtype in DTYPES and x.dtype == gate_up.dtype == down.dtype
-    out = lib.experts(x, ids, weights, gate_up, down) if lib is not None and alike else None
-    return torch_tiled.experts(x, ids, weights, gate_up, down) if out is None else out
+    run = torch_tiled.experts if lib is None or not alike else lib.experts
+    return run(x, ids, weights, gate_up, down)
 
 
 def experts_int8(
