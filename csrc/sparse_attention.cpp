@@ -6,7 +6,7 @@
 #include "common.h"
 
 namespace {
-constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 64;  // keys: of a sum, of one pass over the queries, fetched ahead
+constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 48;  // keys: of a sum, of one pass over the queries, fetched ahead
 
 struct Problem {
   int bf16;
@@ -236,7 +236,7 @@ struct Scratch {  // of one thread, for groups of eight heads
   uint32_t *q, *weights;  // [groups][(c + r) / 4][16], [groups][32][8]
   float *scores, *state, *acc;  // [groups][64][8], [groups][2][16] (largest scores, sums of weights), [groups * 8][c]
   Scratch(const Problem& p, size_t groups)
-      : wide(p.c + p.r <= 128 ? 128 : p.c + p.r <= 608 ? 608 : (p.c + p.r + 31) / 32 * 32), key_rows((size_t)2 * CHUNK * wide), queries(groups * ((p.c + p.r) / 4) * 16), weight_pairs(groups * CHUNK / 2 * HEADS),
+      : wide((p.c + p.r + 31) / 32 * 32), key_rows((size_t)2 * CHUNK * wide), queries(groups * ((p.c + p.r) / 4) * 16), weight_pairs(groups * CHUNK / 2 * HEADS),
         floats(groups * (CHUNK * HEADS + 32 + (size_t)HEADS * p.c)), keys(key_rows.data), q(queries.data), weights(weight_pairs.data),
         scores(floats.data), state(scores + groups * CHUNK * HEADS), acc(state + groups * 32) {}
 };
@@ -351,7 +351,7 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
 #ifdef __AVX512BF16__
     if (pairs) {
       Scratch s(p, (size_t)(heads + 7) / 8);
-      auto attend_one = s.wide == 128 ? attend_bf16<128> : s.wide == 608 ? attend_bf16<608> : attend_bf16<0>;
+      auto attend_one = s.wide == 96 ? attend_bf16<96> : s.wide == 576 ? attend_bf16<576> : attend_bf16<0>;
 #pragma omp for schedule(dynamic, 4)
       for (int64_t n = 0; n < count * parts; n++)
         if (int from = (int)(n % parts) * each, to = std::min(heads, from + each); from < to) attend_one(p, n / parts, from, to, rows.data, s);
