@@ -151,6 +151,20 @@ void block_f32(const float* keys, const float* q, const float* w, int heads, int
   }
 }
 
+#ifdef __AVX512F__
+// Puts a block's scores down; which of them lie above the threshold, as bits.
+inline uint64_t put_down(const __m512* sum, float threshold, float* out) {
+  const __m512 t = _mm512_set1_ps(threshold);
+  __mmask16 found[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) {
+    _mm512_storeu_ps(out + v * GROUP, sum[v]);
+    found[v] = _mm512_cmp_ps_mask(sum[v], t, _CMP_GT_OQ);
+  }
+  return _mm512_kunpackd(_mm512_kunpackw(found[3], found[2]), _mm512_kunpackw(found[1], found[0]));
+}
+#endif
+
 #ifdef __AVX512BF16__
 template <int HEADS>
 inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, __m512* sum) {
@@ -180,13 +194,13 @@ inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, 
   }
 }
 
-void block_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, float* out) {
+uint64_t block_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, float threshold, float* out) {
   __m512 sum[4];
   for (int v = 0; v < 4; v++) sum[v] = _mm512_setzero_ps();
   int whole = heads / 4 * 4;
   score_bf16<4>(keys, q, w, whole, pairs, sum);
   score_bf16<1>(keys, q + whole * pairs, w + whole, heads - whole, pairs, sum);
-  for (int v = 0; v < 4; v++) _mm512_storeu_ps(out + v * GROUP, sum[v]);
+  return put_down(sum, threshold, out);
 }
 #endif
 
@@ -223,14 +237,14 @@ inline void score_int8(const uint32_t* keys, const uint32_t* q, const int32_t* o
   }
 }
 
-void block_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, float* out) {
+uint64_t block_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, float threshold, float* out) {
   __m512 sum[4];
   for (int v = 0; v < 4; v++) sum[v] = _mm512_setzero_ps();
   int whole = heads / 4 * 4;
   score_int8<4>(keys, q, offset, w, whole, quads, sum);
   score_int8<1>(keys, q + whole * quads, offset + whole, w + whole, heads - whole, quads, sum);
-  for (int v = 0; v < 4; v++)
-    _mm512_storeu_ps(out + v * GROUP, _mm512_mul_ps(sum[v], _mm512_castsi512_ps(_mm512_loadu_si512(keys + (v * (quads + 1) + quads) * GROUP))));
+  for (int v = 0; v < 4; v++) sum[v] = _mm512_mul_ps(sum[v], _mm512_castsi512_ps(_mm512_loadu_si512(keys + (v * (quads + 1) + quads) * GROUP)));
+  return put_down(sum, threshold, out);
 }
 #endif
 
@@ -357,18 +371,23 @@ void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at
     uint64_t found[TILE];
     uint32_t any = 0;
     for (int i = blind; i < rows; i++) {
-      const float* w = p.weights + (first + i) * p.heads;
-      if (p.kind == FLOAT32) block_f32((const float*)keys, (const float*)p.q + (first + i) * row, w, p.heads, p.dim, s.scores[i]);
-      else if (wide) block_f32(s.wide_keys.data, s.wide_q.data() + i * row, w, p.heads, p.dim, s.scores[i]);
+      const float *w = p.weights + (first + i) * p.heads, threshold = s.c[i].threshold;
+      float* scores = s.scores[i];
 #ifdef __AVX512BF16__
-      else if (p.kind == BFLOAT16) block_bf16(keys, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, s.scores[i]);
+      if (p.kind == BFLOAT16) found[i] = block_bf16(keys, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, threshold, scores);
+      else
 #endif
 #ifdef __AVX512VNNI__
-      else block_int8(keys, (const uint32_t*)p.q + (first + i) * row / 4, s.offset.data() + i * p.heads, w, p.heads, p.dim / 4, s.scores[i]);
+      if (p.kind == INT8) found[i] = block_int8(keys, (const uint32_t*)p.q + (first + i) * row / 4, s.offset.data() + i * p.heads, w, p.heads, p.dim / 4, threshold, scores);
+      else
 #endif
-      if (wide && p.kind == INT8)
-        for (int g = 0; g < BLOCK; g++) s.scores[i][g] *= ((const float*)keys)[((g / GROUP + 1) * dwords - 1) * GROUP + g % GROUP];
-      found[i] = above(s.scores[i], s.c[i].threshold);
+      {
+        if (wide) block_f32(s.wide_keys.data, s.wide_q.data() + i * row, w, p.heads, p.dim, scores);
+        else block_f32((const float*)keys, (const float*)p.q + (first + i) * row, w, p.heads, p.dim, scores);
+        if (p.kind == INT8)
+          for (int g = 0; g < BLOCK; g++) scores[g] *= ((const float*)keys)[((g / GROUP + 1) * dwords - 1) * GROUP + g % GROUP];
+        found[i] = above(scores, threshold);
+      }
       const int64_t visible = at + i + 1 - b * BLOCK;
       if (visible < BLOCK) found[i] &= (1ull << visible) - 1;
       any |= (uint32_t)(found[i] != 0) << i;

@@ -221,8 +221,10 @@ def best() -> Library | None:
 
 def direct(*tensors: Tensor) -> Library | None:
     """The kernels, if they may be called as plain functions: CPU tensors of one dtype, no gradient, nobody tracing."""
+    if torch.compiler.is_compiling():
+        return None
     lib, dtype = best(), tensors[0].dtype
-    if lib is None or dtype not in DTYPES or torch.compiler.is_compiling():
+    if lib is None or dtype not in DTYPES:
         return None
     gradients = torch.is_grad_enabled()
     for x in tensors:
