@@ -4,8 +4,8 @@
 namespace {
 struct Strides { int64_t row, head; };  // in values
 
-template <class X>
-void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t count, int heads, int inputs, int outputs, X* y, int threads) {
+template <class X, class Y>
+void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t count, int heads, int inputs, int outputs, Y* y, int threads) {
   std::vector<Inputs<X>> in;
   for (int h = 0; h < heads; h++) in.emplace_back(x + h * xs.head, count, xs.row, inputs);
   const int64_t chunks = (count + CHUNK_ROWS - 1) / CHUNK_ROWS, panels = (outputs + PANEL - 1) / PANEL;
@@ -24,9 +24,10 @@ void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t cou
 }  // namespace
 
 // x [count, heads, inputs], w [heads, outputs, inputs] (along: [heads, inputs, outputs]) with these strides,
-// y [count, heads, outputs].
+// y [count, heads, outputs], bf16 too or, if `wide`, fp32.
 EXPORT void nanoglm_linear(int bf16, const void* x, int64_t x_row, int64_t x_head, const void* w, int64_t w_row, int64_t w_head, int along, int64_t count, int heads,
-                          int inputs, int outputs, void* y, int threads) {
+                          int inputs, int outputs, void* y, int wide, int threads) {
   if (!bf16) return run((const float*)x, {x_row, x_head}, (const float*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (float*)y, threads);
+  if (wide) return run((const uint16_t*)x, {x_row, x_head}, (const uint16_t*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (float*)y, threads);
   return run((const uint16_t*)x, {x_row, x_head}, (const uint16_t*)w, {w_row, w_head}, along, count, heads, inputs, outputs, (uint16_t*)y, threads);
 }

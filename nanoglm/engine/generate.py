@@ -14,7 +14,7 @@ from nanoglm.engine.sampler import sample
 from nanoglm.errors import InputError
 from nanoglm.model import GLM, Tape
 
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = 1024  # as fast as 2,048 or 4,096 on a CPU, with half the activations
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Linear(nn.Module):
 
     def forward_fp32(self, x_TD: Tensor) -> Tensor:
         """The same product in fp32 whatever the weight's dtype (router, indexer head weights)."""
-        return ops.linear(x_TD.float(), self.weight.float())
+        return ops.linear_fp32(x_TD, self.weight)
 
 
 class RMSNorm(nn.Module):

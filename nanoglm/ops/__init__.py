@@ -25,8 +25,8 @@ from nanoglm.ops.work import Work, count_work
 
 __all__ = [
     "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "experts_int8", "headwise",
-    "index_append", "index_pool", "linear", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid", "silu",
-    "sparse_attention", "top",
+    "index_append", "index_pool", "linear", "linear_fp32", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid",
+    "silu", "sparse_attention", "top",
 ]  # fmt: skip
 
 
@@ -36,6 +36,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] with weight [out, in] -> [T, out]; a row's bits do not depend on T."""
     lib = cpu.direct(x, weight)
     return lib.linear(x, weight) if lib else torch_tiled.linear(x, weight)
+
+
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """The same with exact products, sums and result in fp32 whatever the dtypes."""
+    lib = cpu.direct(x, weight)
+    return lib.linear(x, weight, torch.float32) if lib else torch_tiled.linear(x.float(), weight.float())
 
 
 def headwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -128,6 +128,10 @@ def test_linear_and_headwise_equal_torch(isa: str, rows, inputs, outputs, heads,
         row = seed % rows  # alone as among others
         assert torch.equal(ops.headwise(x[row : row + 1], w), found[row : row + 1])
     assert torch.equal(ops.linear(x[:, 0], weight[0]), found[:, 0])
+    wide, expected = ops.linear_fp32(x[:, 0], weight[0]), x[:, 0].double() @ weight[0].double().T
+    assert wide.dtype == torch.float32  # and as exact, whatever x and weight are
+    assert float((wide - expected).abs().max() / expected.abs().max().clamp(min=1)) < 1e-5
+    assert torch.equal(ops.linear_fp32(x[row : row + 1, 0], weight[0]), wide[row : row + 1])
 
 
 @drawn

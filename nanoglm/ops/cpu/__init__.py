@@ -36,7 +36,7 @@ _SIGNATURES = {  # of csrc's exported functions
     "sparse_attention": "ipppppppqqqiiiifpi",
     "experts": "ippppppqqqiiiipi",
     "experts_int8": "pppppppqiiiipi",
-    "linear": "ipqqpqqiqiiipi",
+    "linear": "ipqqpqqiqiiipii",
     "rms_norm": "ipqpfqipi",
     "rotate": "ipqqppqiipi",
     "top": "pqiipi",
@@ -127,16 +127,16 @@ class Library:
         )  # fmt: skip
         return out
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, in] with weight [out, in] -> [T, out]."""
+    def linear(self, x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [T, in] with weight [out, in] -> [T, out], in x's dtype or fp32."""
         if x.stride(1) != 1:
             x = x.contiguous()
         weight = weight.contiguous()
         (count, inputs), outputs = x.shape, weight.shape[0]
-        y = x.new_empty(count, outputs)
+        y = x.new_empty(count, outputs, dtype=dtype)
         self.handle.nanoglm_linear(
             _bf16(x), x.data_ptr(), x.stride(0), 0, weight.data_ptr(), inputs, 0, 0, count, 1, inputs, outputs,
-            y.data_ptr(), _threads(count * inputs * outputs),
+            y.data_ptr(), dtype == torch.float32, _threads(count * inputs * outputs),
         )  # fmt: skip
         return y
 
@@ -151,7 +151,7 @@ class Library:
         y = x.new_empty(count, heads, outputs)
         self.handle.nanoglm_linear(
             _bf16(x), x.data_ptr(), x.stride(0), x.stride(1), weight.data_ptr(), weight.stride(1 if along else 2),
-            weight.stride(0), along, count, heads, inputs, outputs, y.data_ptr(),
+            weight.stride(0), along, count, heads, inputs, outputs, y.data_ptr(), 0,
             _threads(count * heads * inputs * outputs),
         )  # fmt: skip
         return y
