@@ -245,7 +245,7 @@ def test_experts_equal_reference(isa: str, tokens, dim, width, count, data, dtyp
     # Measured by what is added up, which may cancel: rounding hidden values to bf16 costs a part of each.
     both = [(x.float() @ w.float().T).chunk(2, -1) for w in gate_up]
     sizes = [(F.silu(gate) * up).abs() @ w.float().abs().T for (gate, up), w in zip(both, down, strict=True)]
-    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
     assert float((found.float() - expected).abs().max()) < limit * k * float(torch.stack(sizes).max().clamp(min=1e-3))
     row = seed % tokens  # alone as among others
     one = slice(row, row + 1)
