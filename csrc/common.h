@@ -47,6 +47,24 @@ static inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays
   if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+static inline float get(const float* x) { return *x; }
+static inline float get(const uint16_t* x) { return widen(*x); }
+static inline void put(float* to, float x) { *to = x; }
+static inline void put(uint16_t* to, float x) { *to = narrow(x); }
+
+#ifdef __AVX512VNNI__
+// sum += unsigned bytes times signed ones, four at a time. As an intrinsic gcc spills its sums.
+static inline void dot_bytes(__m512i& sum, __m512i bytes, __m512i q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(q)); }
+#endif
+
+// n values as int8, the largest becoming 127; returns their scale.
+template <class X> static inline float quantise_row(const X* x, int n, int8_t* y) {
+  float most = 0;
+  for (int i = 0; i < n; i++) most = std::max(most, std::fabs(get(x + i)));
+  const float scale = std::max(most, 1e-30f) / 127.f;
+  for (int i = 0; i < n; i++) y[i] = (int8_t)(int32_t)std::nearbyint(get(x + i) / scale);
+  return scale;
+}
 
 // exp with a relative error below 3e-7; 0 below -87, at most e^88.
 static inline vf vexp(vf x) {

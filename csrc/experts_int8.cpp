@@ -5,73 +5,54 @@
 #include "common.h"
 
 namespace {
-constexpr int TOKENS = 4, OUTPUTS = 1;  // rows of weights one by one: memory is read in order
+constexpr int TOKENS = 4;  // that share a row of weights
 
 struct Row {  // int8 values, their scale and, for the flipped signs, minus 128 times their sum
   std::vector<int8_t> values;
   float scale;
   int32_t offset;
-  template <class Get> void take(int n, Get get) {
+  void take(const float* x, int n) {
     values.resize((size_t)n);
-    float most = 0;
-    for (int i = 0; i < n; i++) most = std::max(most, std::fabs(get(i)));
-    scale = std::max(most, 1e-30f) / 127.f;
+    scale = quantise_row(x, n, values.data());
     int32_t sum = 0;
-    for (int i = 0; i < n; i++) sum += values[(size_t)i] = (int8_t)(int32_t)std::nearbyint(get(i) / scale);
+    for (int8_t v : values) sum += v;
     offset = -128 * sum;
   }
 };
 
-template <int T, int O> inline void dots(const Row* const* x, const int8_t* w, int n, int32_t (*out)[OUTPUTS]) {
+template <int T> inline void dots(const Row* const* x, const int8_t* w, int n, int32_t* out) {
 #ifdef __AVX512VNNI__
-  __m512i sum[T][O];
+  __m512i sum[T];
 #pragma GCC unroll 4
-  for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-    for (int o = 0; o < O; o++) sum[t][o] = _mm512_setzero_si512();
-  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_si512();
   for (int d = 0; d < n; d += 64) {
     const __mmask64 there = n - d >= 64 ? ~0ull : (1ull << (n - d)) - 1;
-    __m512i row[O];
+    const __m512i row = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, w + d), _mm512_set1_epi8((char)0x80));
+    __builtin_prefetch(w + 4 * (int64_t)n + d, 0, 0);
 #pragma GCC unroll 4
-    for (int o = 0; o < O; o++) row[o] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, w + (int64_t)o * n + d), flip), __builtin_prefetch(w + (int64_t)(o + 4 * O) * n + d, 0, 0);
-#pragma GCC unroll 4
-    for (int t = 0; t < T; t++) {
-      __m512i v = _mm512_maskz_loadu_epi8(there, x[t]->values.data() + d);
-#pragma GCC unroll 4
-      for (int o = 0; o < O; o++) asm("vpdpbusd %2, %1, %0" : "+v"(sum[t][o]) : "v"(row[o]), "v"(v));
-    }
+    for (int t = 0; t < T; t++) dot_bytes(sum[t], row, _mm512_maskz_loadu_epi8(there, x[t]->values.data() + d));
   }
-  for (int t = 0; t < T; t++)
-    for (int o = 0; o < O; o++) out[t][o] = _mm512_reduce_add_epi32(sum[t][o]) + x[t]->offset;
+  for (int t = 0; t < T; t++) out[t] = _mm512_reduce_add_epi32(sum[t]) + x[t]->offset;
 #else
-  for (int t = 0; t < T; t++)
-    for (int o = 0; o < O; o++) {
-      int32_t sum = 0;
-      for (int i = 0; i < n; i++) sum += (int)w[(int64_t)o * n + i] * x[t]->values[(size_t)i];
-      out[t][o] = sum;
-    }
+  for (int t = 0; t < T; t++) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += (int)w[i] * x[t]->values[(size_t)i];
+    out[t] = sum;
+  }
 #endif
 }
 
 // take(row, output, x . w[output]) for `count` rows and outputs [from, to) of weights with `n` inputs.
 template <class Take> void products(const Row* const* x, int count, const int8_t* w, const float* scale, int n, int from, int to, Take take) {
-  int32_t out[TOKENS][OUTPUTS];
-  for (int o = from; o < to;) {
-    const int wide = to - o >= OUTPUTS ? OUTPUTS : 1;
+  int32_t out[TOKENS];
+  for (int o = from; o < to; o++)  // rows of weights one by one: memory is read in order
     for (int t = 0; t < count;) {
       const int some = count - t >= TOKENS ? TOKENS : 1;
-      const int8_t* at = w + (int64_t)o * n;
-      if (some == 1 && wide == 1) dots<1, 1>(x + t, at, n, out);
-      else if (some == 1) dots<1, OUTPUTS>(x + t, at, n, out);
-      else if (wide == 1) dots<TOKENS, 1>(x + t, at, n, out);
-      else dots<TOKENS, OUTPUTS>(x + t, at, n, out);
-      for (int i = 0; i < some; i++)
-        for (int j = 0; j < wide; j++) take(t + i, o + j, (float)out[i][j] * x[t + i]->scale * scale[o + j]);
+      if (some == 1) dots<1>(x + t, w + (int64_t)o * n, n, out);
+      else dots<TOKENS>(x + t, w + (int64_t)o * n, n, out);
+      for (int i = 0; i < some; i++) take(t + i, o, (float)out[i] * x[t + i]->scale * scale[o]);
       t += some;
     }
-    o += wide;
-  }
 }
 }  // namespace
 
@@ -97,7 +78,7 @@ EXPORT void nanoglm_experts_int8(const float* x, const int64_t* ids, const float
     std::vector<const Row*> mine;
     std::vector<float> gate, up;
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t++) rows[(size_t)t].take(dim, [&](int i) { return x[t * dim + i]; });
+    for (int64_t t = 0; t < tokens; t++) rows[(size_t)t].take(x + t * dim, dim);
 #pragma omp for schedule(static)
     for (size_t n = 0; n < in.size(); n++) {
       const int e = in[n].expert, from = in[n].from, to = std::min(width, from + block);
@@ -120,7 +101,7 @@ EXPORT void nanoglm_experts_int8(const float* x, const int64_t* ids, const float
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t s = 0; s < slots; s++) hidden_rows[(size_t)s].take(width, [&](int i) { return hidden[(size_t)(s * width + i)]; });
+    for (int64_t s = 0; s < slots; s++) hidden_rows[(size_t)s].take(hidden.data() + s * width, width);
 #pragma omp for schedule(static)
     for (size_t n = 0; n < back.size(); n++) {
       const int e = back[n].expert, from = back[n].from, to = std::min(dim, from + block);

@@ -39,10 +39,6 @@ template <> struct Dot<uint16_t> {
   }
 };
 
-inline float get(const float* x) { return *x; }
-inline float get(const uint16_t* x) { return widen(*x); }
-inline void put(float* to, float x) { *to = x; }
-inline void put(uint16_t* to, float x) { *to = narrow(x); }
 inline void put_all(float* to, const float* from, int n) { memcpy(to, from, (size_t)n * 4); }
 inline void put_all(uint16_t* to, const float* from, int n) {
   int i = 0;

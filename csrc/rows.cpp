@@ -1,6 +1,6 @@
 // What is done to each row by itself: the root-mean-square norm, RoPE and the choice of experts (architecture spec
 // 2.2, 2.3, 2.9), fp32 inside.
-#include "gemm.h"
+#include "common.h"
 
 namespace {
 template <class X> void norm(const X* x, int64_t step, const X* weight, float eps, int64_t count, int dim, X* y, int threads) {
@@ -35,14 +35,7 @@ void rotate(const X* x, int64_t step, int64_t head_step, const float* cos, const
 
 template <class X> void quantise(const X* x, int64_t count, int dim, int8_t* y, float* scales, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < count; t++) {
-    const X* row = x + t * dim;
-    float most = 0;
-    for (int i = 0; i < dim; i++) most = std::max(most, std::fabs(get(row + i)));
-    const float scale = std::max(most, 1e-30f) / 127.f;
-    for (int i = 0; i < dim; i++) y[t * dim + i] = (int8_t)(int32_t)std::nearbyint(get(row + i) / scale);
-    scales[t] = scale;
-  }
+  for (int64_t t = 0; t < count; t++) scales[t] = quantise_row(x + t * dim, dim, y + t * dim);
 }
 }  // namespace
 

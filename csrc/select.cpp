@@ -205,9 +205,6 @@ uint64_t block_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int
 #endif
 
 #ifdef __AVX512VNNI__
-// As an intrinsic gcc spills its sums.
-inline void dot_bytes(__m512i& sum, __m512i bytes, __m512i q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(q)); }
-
 template <int HEADS>
 inline void score_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, __m512* sum) {
   for (int h = 0; h < heads; h += HEADS) {

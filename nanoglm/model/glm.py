@@ -99,10 +99,11 @@ class GLM(nn.Module):
         x_TD = self.model.embed_tokens(ids_T)
         selection: Tensor | None = None
         used: list[Tensor | None] = []
-        for i, layer in enumerate(self.layers):
+        layers = self.layers
+        for i, layer in enumerate(layers):
             if selections is not None:
                 selection = selections[i]
-            if tail is not None and layer is self.layers[-1]:
+            if tail is not None and layer is layers[-1]:
                 layer.write_keys(x_TD, step)
                 asked, rows = step.tail(tail)
                 x_TD, selection = layer(x_TD[rows], asked, None if selection is None else selection[rows])

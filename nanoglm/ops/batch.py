@@ -71,7 +71,14 @@ class Batch:
         return cls.build(counts, counts, table.int(), 1)
 
     def tail(self, counts: Sequence[int]) -> tuple[Batch, Tensor]:
-        """The same requests with only the last ``counts`` of their rows, and which rows those are, int64."""
+        """The same requests with only the last ``counts`` of their rows, and which rows those are, int64.
+
+        Raises:
+            InputError: a request has fewer rows.
+        """
+        for b, n in enumerate(counts):
+            if not 0 <= n <= (held := self.borders[b + 1] - self.borders[b]):
+                raise InputError(f"tail of request {b} is {n} rows; expected 0 to {held}, what the batch holds")
         ends = zip(self.borders[1:], counts, strict=True)
         rows = torch.cat([torch.arange(end - n, end, device=self.positions.device) for end, n in ends])
         borders = (0, *accumulate(counts))

@@ -7,6 +7,7 @@ from nanoglm import ops
 from nanoglm.api import load
 from nanoglm.cache import PAGE, PagedCache
 from nanoglm.config import GLMConfig
+from nanoglm.errors import InputError
 from nanoglm.model import GLM, BatchStore
 from nanoglm.ops import Batch
 
@@ -127,6 +128,12 @@ def test_gemm_rows_are_independent_of_their_number() -> None:
 
 def test_page_holds_64_tokens() -> None:
     assert PAGE == 64
+
+
+@pytest.mark.parametrize("counts", [[4, 1], [0, -1]])
+def test_a_tail_is_part_of_its_request(counts: list[int]) -> None:
+    with pytest.raises(InputError, match="tail of request"):
+        Batch.contiguous([3, 2]).tail(counts)
 
 
 @torch.no_grad()
