@@ -134,6 +134,19 @@ def test_linear_and_headwise_equal_torch(isa: str, rows, inputs, outputs, heads,
     assert torch.equal(ops.linear_fp32(x[row : row + 1, 0], weight[0]), wide[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [513, 1100, 2051])
+def test_many_inputs_go_in_parts(isa: str, inputs: int, dtype: torch.dtype) -> None:
+    """More than a panel holds, in several chunks of rows and panels of outputs."""
+    torch.manual_seed(inputs)
+    x, weight = torch.randn(450, inputs).to(dtype), (torch.randn(150, inputs) * inputs**-0.5).to(dtype)
+    found, expected = ops.linear(x, weight), x.double() @ weight.double().T
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert float((found - expected).abs().max() / expected.abs().max()) < limit
+    for rows in (1, 6, 7, 200):
+        assert torch.equal(ops.linear(x[-rows:], weight), found[-rows:])
+
+
 @drawn
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 150), DTYPES, st.integers(0, 99))
 def test_mlp_equals_torch(isa: str, rows, dim, width, dtype, seed) -> None:
@@ -208,7 +221,8 @@ def test_quantised_is_the_same_as_torchs(isa: str, dtype: torch.dtype) -> None:
 
 @drawn
 @given(
-    batches(400), st.integers(1, 9), st.integers(1, 80), st.integers(1, 24), st.integers(1, 200), DTYPES,
+    batches(400), st.integers(1, 17), st.integers(1, 80) | st.sampled_from([32, 64, 96, 512]),
+    st.integers(1, 24) | st.sampled_from([4, 20, 32, 64]), st.integers(1, 200), DTYPES,
     st.integers(0, 99),
 )  # fmt: skip
 def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k, dtype, seed) -> None:
