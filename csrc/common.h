@@ -52,6 +52,10 @@ static inline float get(const uint16_t* x) { return widen(*x); }
 static inline void put(float* to, float x) { *to = x; }
 static inline void put(uint16_t* to, float x) { *to = narrow(x); }
 
+#ifdef __AVX512BF16__
+// sum += pairs of bf16 times pairs of bf16. As intrinsics gcc spills what the keys of a block are loaded into.
+static inline void dot_pairs(__m512& sum, __m512i keys, __m512i q) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(keys), "v"(q)); }
+#endif
 #ifdef __AVX512VNNI__
 // sum += unsigned bytes times signed ones, four at a time. As an intrinsic gcc spills its sums.
 static inline void dot_bytes(__m512i& sum, __m512i bytes, __m512i q) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(q)); }

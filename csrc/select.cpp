@@ -110,45 +110,51 @@ void keep_best(Candidates& c, int k, int slack) {
 }
 
 // ------------------------------------------------------------------------- scores
-// One block of 64 keys for one query, fp32: HEADS heads at a time over PACKS groups of 16 keys.
-template <int PACKS, int HEADS>
-inline void score_f32(const float* keys, const float* q, const float* w, int heads, int dim, vf* sum) {
+// Some vectors of a block's 64 keys, from number `first` on, for one query, fp32: HEADS heads at a time.
+template <int VECTORS, int HEADS>
+inline void score_f32(const float* keys, int first, const float* q, const float* w, int heads, int dim, vf* sum) {
+  const float* at[VECTORS];
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; v++) at[v] = keys + (int64_t)((first + v) / PARTS) * dim * GROUP + (first + v) % PARTS * LANES;
   for (int h = 0; h < heads; h += HEADS) {
-    vf dot[HEADS][PACKS * PARTS];
-#pragma GCC unroll 16
+    vf dot[HEADS][VECTORS];
+#pragma GCC unroll 4
     for (int g = 0; g < HEADS; g++)
-#pragma GCC unroll 16
-      for (int v = 0; v < PACKS * PARTS; v++) dot[g][v] = vf{};
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) dot[g][v] = vf{};
     for (int d = 0; d < dim; d++) {
-      vf key[PACKS * PARTS];
-#pragma GCC unroll 16
-      for (int v = 0; v < PACKS * PARTS; v++) key[v] = load(keys + (int64_t)(v / PARTS) * dim * GROUP + d * GROUP + v % PARTS * LANES);
-#pragma GCC unroll 16
+      vf key[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) key[v] = load(at[v] + d * GROUP);
+#pragma GCC unroll 4
       for (int g = 0; g < HEADS; g++) {
         vf b = splat(q[(h + g) * dim + d]);
-#pragma GCC unroll 16
-        for (int v = 0; v < PACKS * PARTS; v++) dot[g][v] += key[v] * b;
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) dot[g][v] += key[v] * b;
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int g = 0; g < HEADS; g++) {
       vf weight = splat(w[h + g]);
-#pragma GCC unroll 16
-      for (int v = 0; v < PACKS * PARTS; v++) sum[v] += weight * vmax(dot[g][v], vf{});
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) sum[v] += weight * vmax(dot[g][v], vf{});
     }
   }
 }
 
+template <int VECTORS> void vectors_f32(const float* keys, int first, const float* q, const float* w, int heads, int dim, float* out) {
+  vf sum[VECTORS] = {};
+  constexpr int HEADS = LANES == 4 ? 2 : 4;
+  const int whole = heads / HEADS * HEADS;
+  score_f32<VECTORS, HEADS>(keys, first, q, w, whole, dim, sum);
+  score_f32<VECTORS, 1>(keys, first, q + whole * dim, w + whole, heads - whole, dim, sum);
+  for (int v = 0; v < VECTORS; v++) store(out + (first + v) * LANES, sum[v]);
+}
+
 void block_f32(const float* keys, const float* q, const float* w, int heads, int dim, float* out) {
-  constexpr int PACKS = LANES == 16 ? 4 : 1, WIDE = LANES == 4 ? 2 : 4;
-  for (int p = 0; p < BLOCK / GROUP; p += PACKS) {
-    vf sum[PACKS * PARTS] = {};
-    const float* k = keys + (int64_t)p * dim * GROUP;
-    int whole = heads / WIDE * WIDE;
-    score_f32<PACKS, WIDE>(k, q, w, whole, dim, sum);
-    score_f32<PACKS, 1>(k, q + whole * dim, w + whole, heads - whole, dim, sum);
-    for (int v = 0; v < PACKS * PARTS; v++) store(out + p * GROUP + v * LANES, sum[v]);
-  }
+  constexpr int ALL = BLOCK / LANES, VECTORS = LANES == 8 ? 3 : 4;  // as many sums as registers hold
+  for (int v = 0; v + VECTORS <= ALL; v += VECTORS) vectors_f32<VECTORS>(keys, v, q, w, heads, dim, out);
+  if constexpr (ALL % VECTORS != 0) vectors_f32<ALL % VECTORS>(keys, ALL - ALL % VECTORS, q, w, heads, dim, out);
 }
 
 #ifdef __AVX512F__
@@ -166,14 +172,17 @@ inline uint64_t put_down(const __m512* sum, float threshold, float* out) {
 #endif
 
 #ifdef __AVX512BF16__
-template <int HEADS>
+// DWORDS: of a key, where the compiler is to know it (0: it is not); then its loop is unrolled.
+template <int HEADS, int DWORDS>
 inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, __m512* sum) {
+  if (DWORDS) pairs = DWORDS;
   for (int h = 0; h < heads; h += HEADS) {
     __m512 dot[HEADS][4];
 #pragma GCC unroll 8
     for (int g = 0; g < HEADS; g++)
 #pragma GCC unroll 4
       for (int v = 0; v < 4; v++) dot[g][v] = _mm512_setzero_ps();
+#pragma GCC unroll 4
     for (int d = 0; d < pairs; d++) {
       __m512i key[4];
 #pragma GCC unroll 4
@@ -182,7 +191,7 @@ inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, 
       for (int g = 0; g < HEADS; g++) {
         __m512i b = _mm512_set1_epi32((int)q[(h + g) * pairs + d]);
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) dot[g][v] = _mm512_dpbf16_ps(dot[g][v], (__m512bh)key[v], (__m512bh)b);
+        for (int v = 0; v < 4; v++) dot_pairs(dot[g][v], key[v], b);
       }
     }
 #pragma GCC unroll 8
@@ -194,19 +203,21 @@ inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, 
   }
 }
 
+template <int DWORDS>
 uint64_t block_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, float threshold, float* out) {
   __m512 sum[4];
   for (int v = 0; v < 4; v++) sum[v] = _mm512_setzero_ps();
   int whole = heads / 4 * 4;
-  score_bf16<4>(keys, q, w, whole, pairs, sum);
-  score_bf16<1>(keys, q + whole * pairs, w + whole, heads - whole, pairs, sum);
+  score_bf16<4, DWORDS>(keys, q, w, whole, pairs, sum);
+  score_bf16<1, DWORDS>(keys, q + whole * pairs, w + whole, heads - whole, pairs, sum);
   return put_down(sum, threshold, out);
 }
 #endif
 
 #ifdef __AVX512VNNI__
-template <int HEADS>
+template <int HEADS, int DWORDS>
 inline void score_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, __m512* sum) {
+  if (DWORDS) quads = DWORDS;
   for (int h = 0; h < heads; h += HEADS) {
     __m512i dot[HEADS][4];
 #pragma GCC unroll 8
@@ -234,12 +245,13 @@ inline void score_int8(const uint32_t* keys, const uint32_t* q, const int32_t* o
   }
 }
 
+template <int DWORDS>
 uint64_t block_int8(const uint32_t* keys, const uint32_t* q, const int32_t* offset, const float* w, int heads, int quads, float threshold, float* out) {
   __m512 sum[4];
   for (int v = 0; v < 4; v++) sum[v] = _mm512_setzero_ps();
   int whole = heads / 4 * 4;
-  score_int8<4>(keys, q, offset, w, whole, quads, sum);
-  score_int8<1>(keys, q + whole * quads, offset + whole, w + whole, heads - whole, quads, sum);
+  score_int8<4, DWORDS>(keys, q, offset, w, whole, quads, sum);
+  score_int8<1, DWORDS>(keys, q + whole * quads, offset + whole, w + whole, heads - whole, quads, sum);
   for (int v = 0; v < 4; v++) sum[v] = _mm512_mul_ps(sum[v], _mm512_castsi512_ps(_mm512_loadu_si512(keys + (v * (quads + 1) + quads) * GROUP)));
   return put_down(sum, threshold, out);
 }
@@ -266,7 +278,7 @@ inline uint64_t above(const float* scores, float threshold) {
 // Takes a block's survivors up, in ascending position.
 inline void push(Candidates& c, const float* scores, uint64_t found, int base) {
 #ifdef __AVX512F__
-  if (__builtin_popcountll(found) > 8) {
+  if (__builtin_popcountll(found) > 2) {
     const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int v = 0; v < 4; v++) {
       __mmask16 m = (__mmask16)(found >> (v * 16));
@@ -361,8 +373,17 @@ void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at
   const int64_t row = (int64_t)p.heads * p.dim;
   const int dwords = p.kind == FLOAT32 ? p.dim : p.kind == BFLOAT16 ? p.dim / 2 : p.dim / 4 + 1;  // of one packed key
   const bool wide = Scratch::widens(p.kind);
+#ifdef __AVX512BF16__
+  const auto block_pairs = p.dim == 64 ? block_bf16<32> : p.dim == 128 ? block_bf16<64> : block_bf16<0>;
+#endif
+#ifdef __AVX512VNNI__
+  const auto block_quads = p.dim == 64 ? block_int8<16> : p.dim == 128 ? block_int8<32> : block_int8<0>;
+#endif
+  const int32_t* pages = p.table + request * p.columns;
+  const int ahead = (BLOCK * dwords + rows * 16 - 1) / (rows * 16);  // lines of the next block that each row fetches
   for (int64_t b = from; b < to; b++) {
-    const uint32_t* keys = (const uint32_t*)p.keys + (int64_t)p.table[request * p.columns + b] * BLOCK * dwords;
+    const uint32_t* keys = (const uint32_t*)p.keys + (int64_t)pages[b] * BLOCK * dwords;
+    const uint32_t* next = (const uint32_t*)p.keys + (int64_t)pages[std::min(b + 1, to - 1)] * BLOCK * dwords;
     if (wide) s.widen_keys(p, keys);
     const int blind = (int)std::max<int64_t>(0, b * BLOCK - at);  // rows that see none of these keys
     uint64_t found[TILE];
@@ -370,12 +391,13 @@ void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at
     for (int i = blind; i < rows; i++) {
       const float *w = p.weights + (first + i) * p.heads, threshold = s.c[i].threshold;
       float* scores = s.scores[i];
+      for (int l = i * ahead; l < std::min((i + 1) * ahead, BLOCK * dwords / 16); l++) __builtin_prefetch(next + l * 16, 0, 2);
 #ifdef __AVX512BF16__
-      if (p.kind == BFLOAT16) found[i] = block_bf16(keys, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, threshold, scores);
+      if (p.kind == BFLOAT16) found[i] = block_pairs(keys, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, threshold, scores);
       else
 #endif
 #ifdef __AVX512VNNI__
-      if (p.kind == INT8) found[i] = block_int8(keys, (const uint32_t*)p.q + (first + i) * row / 4, s.offset.data() + i * p.heads, w, p.heads, p.dim / 4, threshold, scores);
+      if (p.kind == INT8) found[i] = block_quads(keys, (const uint32_t*)p.q + (first + i) * row / 4, s.offset.data() + i * p.heads, w, p.heads, p.dim / 4, threshold, scores);
       else
 #endif
       {

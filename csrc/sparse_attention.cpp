@@ -1,8 +1,8 @@
 // Absorbed latent attention over the selected rows only (architecture spec 2.5).
 //
-// One query row: gather up to 64 selected latents and ropes, scores for all heads, online softmax, weighted
-// sum of latents. Sums run over fixed chunks of 64 selected keys in order, so a row's bits depend on its
-// Selection alone. Work is split over rows and heads, never over keys.
+// One query row: gather a chunk of selected latents and ropes, scores for all heads, online softmax, weighted
+// sum of latents. Sums run over fixed chunks of 64 selected keys (128 where heads are many) in order, so a row's bits
+// depend on its Selection alone. Work is split over rows and heads, never over keys.
 #include "common.h"
 
 namespace {
@@ -157,12 +157,13 @@ inline __m512 exp2_512(__m512 x) {  // relative error below 3e-7; a denormal or 
 }
 
 // Keys' rows on their way from the cache to a thread's own: `next` holds storage rows that are copied, `later`
-// others that are fetched, 32 values of 16 rows at a time.
+// others that are fetched, 32 values of some of 16 rows at a time.
 struct Moving {
   const uint16_t *latent, *rope;
   int64_t c, r;
   const int32_t *next, *later;
   uint16_t* to;  // [16][stride]
+  int from, until;  // pairs of rows whose turn it is
   struct Part {
     const uint16_t* from;
     int64_t stride, at;
@@ -186,36 +187,63 @@ struct Moving {
   }
 };
 
-// Scores of eight heads and 16 keys. MOVE: while the products run, the rows of other keys are moved.
-template <bool MOVE> inline __attribute__((always_inline)) void dots(const uint16_t* keys, int64_t wide, int steps, const uint32_t* q, __m512* dot, const Moving& moving) {
+// Scores of GROUPS times eight heads and KEYS keys, [GROUPS][KEYS]; while the products run, the rows of other keys are
+// moved: of MANY groups each has its share. Two groups share the loads of the keys.
+template <bool MANY, int GROUPS, int KEYS>
+inline __attribute__((always_inline)) void dots(const uint16_t* keys, int64_t wide, int steps, const uint32_t* q, __m512* dot, const Moving& moving) {
 #pragma GCC unroll 16
-  for (int j = 0; j < TOGETHER; j++) dot[j] = _mm512_setzero_ps();
+  for (int j = 0; j < GROUPS * KEYS; j++) dot[j] = _mm512_setzero_ps();
   for (int first = 0; first < steps; first += 8) {
     const Moving::Part part = moving.part(first * 4);
     for (int i = 0; i < 8; i++) {
       if (first + i < steps) {
-        __m512bh query = (__m512bh)_mm512_load_si512(q + (first + i) * 16);
+        __m512bh query[GROUPS];
+#pragma GCC unroll 2
+        for (int g = 0; g < GROUPS; g++) query[g] = (__m512bh)_mm512_load_si512(q + (g * steps + first + i) * 16);
 #pragma GCC unroll 16
-        for (int j = 0; j < TOGETHER; j++) {
+        for (int j = 0; j < KEYS; j++) {
           // As doubles, so that the load broadcasts; as integers gcc goes through a general register.
           __m512d four = _mm512_broadcastsd_pd(_mm_load_sd((const double*)(keys + j * wide + (first + i) * 4)));
-          dot[j] = _mm512_dpbf16_ps(dot[j], query, (__m512bh)four);
+#pragma GCC unroll 2
+          for (int g = 0; g < GROUPS; g++) dot[g * KEYS + j] = _mm512_dpbf16_ps(dot[g * KEYS + j], query[g], (__m512bh)four);
         }
       }
-      if (MOVE) moving.two(part, 2 * i, wide);
+      if (int pair = MANY ? moving.from + i : i; !MANY || pair < moving.until) moving.two(part, 2 * pair, wide);
     }
   }
 }
 
-// acc[h][32 values] += p[h][key] * value[key] for eight heads, keys in pairs. Unpacking two rows puts pairs side by
-// side, but in another order (low: values 0-3, 8-11, ...; high: 4-7, ...), which lasts until `finish`.
-inline void weigh(const uint16_t* values, int64_t wide, const uint32_t* p, int pairs, int64_t c, float* acc) {
+// Puts scores of one group down, scaled: the products of a key's four values are added two and two.
+template <int KEYS> inline void put_scores(const __m512* dot, __m512 scale, float* scores) {
+#pragma GCC unroll 8
+  for (int i = 0; i < KEYS; i += 2) {
+    __m512 two = _mm512_add_ps(_mm512_shuffle_ps(dot[i], dot[i + 1], 0x88), _mm512_shuffle_ps(dot[i], dot[i + 1], 0xDD));
+    _mm512_store_ps(scores + i * HEADS, _mm512_mul_ps(two, scale));
+  }
+}
+
+// Pairs of values' rows side by side, 32 values of each. Unpacking leaves them in another order (low: values 0-3,
+// 8-11, ...; high: 4-7, ...), which lasts until the row is finished.
+struct Unpacking {
+  const uint16_t* values;
+  int64_t wide;
+  __m512i operator()(int pair, bool high) const {
+    __m512i x = _mm512_loadu_si512(values + 2 * pair * wide), y = _mm512_loadu_si512(values + (2 * pair + 1) * wide);
+    return high ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y);
+  }
+};
+struct Unpacked {
+  const __m512i* pairs;
+  __m512i operator()(int pair, bool high) const { return pairs[2 * pair + high]; }
+};
+
+// acc[h][32 values] += p[h][key] * value[key] for eight heads, keys in pairs.
+template <class Values> inline void weigh(const Values& value, const uint32_t* p, int pairs, int64_t c, float* acc) {
   __m512 a[HEADS][2];
 #pragma GCC unroll 8
   for (int h = 0; h < HEADS; h++) a[h][0] = _mm512_load_ps(acc + h * c), a[h][1] = _mm512_load_ps(acc + h * c + 16);
   for (int i = 0; i < pairs; i++) {
-    __m512i x = _mm512_loadu_si512(values + 2 * i * wide), y = _mm512_loadu_si512(values + (2 * i + 1) * wide);
-    __m512bh low = (__m512bh)_mm512_unpacklo_epi16(x, y), high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+    __m512bh low = (__m512bh)value(i, false), high = (__m512bh)value(i, true);
 #pragma GCC unroll 8
     for (int h = 0; h < HEADS; h++) {
       __m512bh b = (__m512bh)_mm512_set1_epi32((int)p[i * HEADS + h]);
@@ -229,23 +257,25 @@ inline void weigh(const uint16_t* values, int64_t wide, const uint32_t* p, int p
 
 struct Scratch {  // of one thread, for groups of eight heads
   int64_t wide;  // of a key's row in scratch; the usual ones are known to the compiler
+  static constexpr int chunk(bool many) { return many ? 2 * CHUNK : CHUNK; }  // keys of a sum: more where many heads' sums are fetched and put down for each
   Aligned<uint16_t> key_rows;
   Aligned<uint32_t> queries, weight_pairs;
   Aligned<float> floats;
-  uint16_t* keys;         // [2][64][wide]
-  uint32_t *q, *weights;  // [groups][(c + r) / 4][16], [groups][32][8]
-  float *scores, *state, *acc;  // [groups][64][8], [groups][2][16] (largest scores, sums of weights), [groups * 8][c]
-  Scratch(const Problem& p, size_t groups)
-      : wide((p.c + p.r + 31) / 32 * 32), key_rows((size_t)2 * CHUNK * wide), queries(groups * ((p.c + p.r) / 4) * 16), weight_pairs(groups * CHUNK / 2 * HEADS),
-        floats(groups * (CHUNK * HEADS + 32 + (size_t)HEADS * p.c)), keys(key_rows.data), q(queries.data), weights(weight_pairs.data),
-        scores(floats.data), state(scores + groups * CHUNK * HEADS), acc(state + groups * 32) {}
+  uint16_t* keys;         // [2][chunk][wide]
+  uint32_t *q, *weights;  // [groups][(c + r) / 4][16], [groups][chunk / 2][8]
+  float *scores, *state, *acc;  // [groups][chunk][8], [groups][2][16] (largest scores, sums of weights), [groups * 8][c]
+  Scratch(const Problem& p, size_t groups, size_t keys_of_a_sum)
+      : wide((p.c + p.r + 31) / 32 * 32), key_rows(2 * keys_of_a_sum * wide), queries(groups * ((p.c + p.r) / 4) * 16),
+        weight_pairs(groups * keys_of_a_sum / 2 * HEADS), floats(groups * (keys_of_a_sum * HEADS + 32 + (size_t)HEADS * p.c)), keys(key_rows.data),
+        q(queries.data), weights(weight_pairs.data), scores(floats.data), state(scores + groups * keys_of_a_sum * HEADS), acc(state + groups * 32) {}
 };
 
 // Heads [from, to) of one row; c is a multiple of 32, r of 4. A vector of scores holds two keys: in each quarter
 // two heads of the one, then of the other.
-template <int WIDE> void attend_bf16(const Problem& p, int64_t t, int from, int to, int32_t* rows, const Scratch& s) {
+template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int from, int to, int32_t* rows, const Scratch& s) {
   uint32_t* q = s.q;
   const int64_t wide = WIDE ? WIDE : s.wide, c = p.c, r = p.r;
+  constexpr int chunk = Scratch::chunk(MANY);
   const int groups = (to - from + HEADS - 1) / HEADS, steps = (int)(c + r) / 4;
   const int valid = storage_rows(p, t, p.k, rows);
   if (!valid) rows[0] = 0;  // not a Selection; nothing to read beyond it
@@ -264,29 +294,38 @@ template <int WIDE> void attend_bf16(const Problem& p, int64_t t, int from, int 
   for (; end % TOGETHER; end++) rows[end] = rows[valid - 1];
   const int more = t + 1 < p.count ? storage_rows(p, t + 1, std::min(p.k, AHEAD), rows + end) : 0;
   for (int i = more; i < AHEAD; i++) rows[end + i] = rows[0];
-  Moving moving{(const uint16_t*)p.latent, (const uint16_t*)p.rope, c, r, rows, rows, s.keys};
+  Moving moving{(const uint16_t*)p.latent, (const uint16_t*)p.rope, c, r, rows, rows, s.keys, 0, 0};
+  const int moved = (TOGETHER / 2 + groups - 1) / groups;  // pairs a turn; there are as many turns as groups
   moving.all(wide);
-  for (int begin = 0; begin < valid; begin += CHUNK) {
-    const int n = std::min(CHUNK, valid - begin), padded = std::min(CHUNK, end - begin);
-    uint16_t* keys = s.keys + begin / CHUNK % 2 * CHUNK * wide;  // of two chunks in turn
+  for (int begin = 0; begin < valid; begin += chunk) {
+    const int n = std::min(chunk, valid - begin), padded = std::min(chunk, end - begin);
+    uint16_t* keys = s.keys + begin / chunk % 2 * chunk * wide;  // of two chunks in turn
     for (int j = 0; j < padded; j += TOGETHER) {
       moving.next = rows + begin + j + TOGETHER;
       moving.later = rows + std::min(begin + j + AHEAD, end + AHEAD - TOGETHER);
-      moving.to = s.keys + (begin + j + TOGETHER) % (2 * CHUNK) * wide;
-      for (int g = 0; g < groups; g++) {
-        __m512 dot[TOGETHER];
-        const uint32_t* qg = q + (size_t)g * steps * 16;
-        if (g) dots<false>(keys + j * wide, wide, steps, qg, dot, moving);
-        else dots<true>(keys + j * wide, wide, steps, qg, dot, moving);
-#pragma GCC unroll 8
-        for (int i = 0; i < TOGETHER; i += 2) {
-          __m512 two = _mm512_add_ps(_mm512_shuffle_ps(dot[i], dot[i + 1], 0x88), _mm512_shuffle_ps(dot[i], dot[i + 1], 0xDD));
-          _mm512_store_ps(s.scores + (g * CHUNK + j + i) * HEADS, _mm512_mul_ps(two, scale));
+      moving.to = s.keys + (begin + j + TOGETHER) % (2 * chunk) * wide;
+      const uint16_t* k = keys + j * wide;
+      float* scores = s.scores + j * HEADS;
+      auto turn = [&] { moving.from = moving.until, moving.until = std::min(moving.until + moved, TOGETHER / 2); };
+      moving.until = 0;
+      int g = 0;
+      for (; g + 2 <= groups; g += 2)
+        for (int half = 0; half < TOGETHER; half += TOGETHER / 2) {
+          __m512 dot[TOGETHER];
+          turn();
+          dots<MANY, 2, TOGETHER / 2>(k + half * wide, wide, steps, q + (size_t)g * steps * 16, dot, moving);
+          put_scores<TOGETHER / 2>(dot, scale, scores + (g * chunk + half) * HEADS);
+          put_scores<TOGETHER / 2>(dot + TOGETHER / 2, scale, scores + ((g + 1) * chunk + half) * HEADS);
         }
+      if (g < groups) {
+        __m512 dot[TOGETHER];
+        turn();
+        dots<MANY, 1, TOGETHER>(k, wide, steps, q + (size_t)g * steps * 16, dot, moving);
+        put_scores<TOGETHER>(dot, scale, scores + g * chunk * HEADS);
       }
     }
     for (int g = 0; g < groups; g++) {
-      float *score = s.scores + g * CHUNK * HEADS, *top = s.state + g * 32, *total = top + 16;
+      float *score = s.scores + g * chunk * HEADS, *top = s.state + g * 32, *total = top + 16;
       for (int j = n; j < padded; j++)
         for (int l = 0; l < 16; l++)
           if (l % 4 / 2 == j % 2) score[j / 2 * 16 + l] = -INFINITY;
@@ -298,7 +337,7 @@ template <int WIDE> void attend_bf16(const Problem& p, int64_t t, int from, int 
       for (int i = 0; i < padded / 2; i++) {
         __m512 e = exp2_512(_mm512_sub_ps(_mm512_load_ps(score + i * 16), most));
         sum = _mm512_add_ps(sum, e);
-        _mm256_store_si256((__m256i*)(s.weights + (g * CHUNK / 2 + i) * HEADS), _mm256_shuffle_epi8((__m256i)_mm512_cvtneps_pbh(e), by_head));
+        _mm256_store_si256((__m256i*)(s.weights + (g * chunk / 2 + i) * HEADS), _mm256_shuffle_epi8((__m256i)_mm512_cvtneps_pbh(e), by_head));
       }
       sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
       if (begin) {
@@ -314,8 +353,16 @@ template <int WIDE> void attend_bf16(const Problem& p, int64_t t, int from, int 
       _mm512_store_ps(top, most);
       _mm512_store_ps(total, sum);
     }
-    for (int v = 0; v < c; v += 32)
-      for (int g = 0; g < groups; g++) weigh(keys + v, wide, s.weights + g * CHUNK / 2 * HEADS, padded / 2, c, s.acc + (int64_t)g * HEADS * c + v);
+    for (int v = 0; v < c; v += 32) {
+      const Unpacking values{keys + v, wide};
+      if (groups == 1) {
+        weigh(values, s.weights, padded / 2, c, s.acc + v);
+        continue;
+      }
+      __m512i pairs[2 * CHUNK];
+      for (int i = 0; i < padded / 2; i++) pairs[2 * i] = values(i, false), pairs[2 * i + 1] = values(i, true);
+      for (int g = 0; g < groups; g++) weigh(Unpacked{pairs}, s.weights + g * chunk / 2 * HEADS, padded / 2, c, s.acc + (int64_t)g * HEADS * c + v);
+    }
   }
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -350,8 +397,9 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
     Aligned<int32_t> rows((size_t)k + TOGETHER + AHEAD);
 #ifdef __AVX512BF16__
     if (pairs) {
-      Scratch s(p, (size_t)(heads + 7) / 8);
-      auto attend_one = s.wide == 96 ? attend_bf16<96> : s.wide == 576 ? attend_bf16<576> : attend_bf16<0>;
+      const bool many = heads > HEADS;  // of all heads: a row's bits may not depend on how they are shared out
+      Scratch s(p, (size_t)(heads + HEADS - 1) / HEADS, (size_t)Scratch::chunk(many));
+      auto attend_one = many ? s.wide == 576 ? attend_bf16<576, true> : attend_bf16<0, true> : s.wide == 96 ? attend_bf16<96, false> : attend_bf16<0, false>;
 #pragma omp for schedule(dynamic, 4)
       for (int64_t n = 0; n < count * parts; n++)
         if (int from = (int)(n % parts) * each, to = std::min(heads, from + each); from < to) attend_one(p, n / parts, from, to, rows.data, s);
