@@ -26,6 +26,8 @@ from nanoglm.ops.work import tally
 ROW_MULTIPLE = 16  # measured: fp32 F.linear gives other bits for 1, 2, 10 and 11 rows
 QUERY_TILE = 64
 KEY_TILE = 1024
+SEGMENT = 8 * KEY_TILE  # keys whose scores are merged at once
+GROUP = 16  # neighbours of which only the best is compared first
 KEY_MULTIPLE = 64
 GATHER_ELEMENTS = 1 << 21  # attention gathers at most this many latent values at once
 _LOWEST = torch.iinfo(torch.int64).min
@@ -128,33 +130,53 @@ def _best_keys(q: Tensor, weights: Tensor, keys: Tensor, pages: Tensor, page_siz
     weights = F.pad(weights, (0, 0, 0, padding))
     at = torch.arange(first, first + rows, device=q.device)[:, None]
     best = torch.full((rows, k), _LOWEST, dtype=torch.int64, device=q.device)
-    threshold = torch.full((rows, 1), -torch.inf, device=q.device)
     stop = first + rows
-    for low in range(0, stop, KEY_TILE):
-        high = min(low + KEY_TILE, -(-stop // KEY_MULTIPLE) * KEY_MULTIPLE)
-        lookup = torch.arange(low, high, device=q.device).clamp_(max=stop - 1)
-        key_tile = keys[pages[lookup // page_size].long() * page_size + lookup % page_size].float()
-        pair = torch.mm(q, key_tile.T).relu_().view(rows + padding, heads, high - low)
-        scores = torch.bmm(weights[:, None], pair).squeeze(1)[:rows]
-        # Tiles come in ascending position, so an equal score loses against what is already held.
-        beats = scores > threshold
-        pairs = rows * (high - low)
-        if high > first + 1:  # the tile reaches beyond what the first row may see
-            visible = torch.arange(low, high, device=q.device) <= at
-            beats &= visible
+    end = -(-stop // KEY_MULTIPLE) * KEY_MULTIPLE
+    segment = torch.empty(rows, min(SEGMENT, end), device=q.device)
+    for begin in range(0, stop, SEGMENT):
+        scores = segment[:, : min(SEGMENT, end - begin)]
+        for low in range(begin, begin + scores.shape[1], KEY_TILE):
+            high = min(low + KEY_TILE, end)
+            lookup = torch.arange(low, high, device=q.device).clamp_(max=stop - 1)
+            key_tile = keys[pages[lookup // page_size].long() * page_size + lookup % page_size].float()
+            pair = torch.mm(q, key_tile.T).relu_().view(rows + padding, heads, high - low)
+            scores[:, low - begin : high - begin] = torch.bmm(weights[:, None], pair)[:rows, 0]
+        pairs = scores.numel()
+        if begin + scores.shape[1] > first + 1:  # beyond what the first row may see
+            visible = torch.arange(begin, begin + scores.shape[1], device=q.device) <= at
+            scores.masked_fill_(~visible, -torch.inf)
             pairs = int(visible.sum()) if tally() else 0
         if work := tally():
             work.pairs_scored += pairs
-        row, column = beats.nonzero(as_tuple=True)
-        if not row.numel():
-            continue
-        counts = torch.bincount(row, minlength=rows)
-        place = torch.arange(row.numel(), device=q.device) - (counts.cumsum(0) - counts)[row]
-        candidates = best.new_full((rows, int(counts.max())), _LOWEST)
-        candidates[row, place] = sort_keys(scores[row, column], low + column)
-        best = torch.cat([best, candidates], 1).topk(k, sorted=False).values
-        threshold = _scores_of(best.min(-1, keepdim=True).values)
+        best = _merge(best, scores, begin)
     return best
+
+
+def _merge(best: Tensor, scores: Tensor, begin: int) -> Tensor:
+    """The k largest of ``best`` [t, k] and of a segment's scores [t, n], which stand at positions from ``begin`` on.
+
+    In two levels: only where the best of a group of neighbours may enter is the group looked at. Segments come in
+    ascending position, so an equal score loses against what is already held.
+    """
+    rows, k = best.shape
+    held = _scores_of(best.amin(-1, keepdim=True))  # -inf as long as there is room: such a score never enters
+    group = GROUP
+    while group > 1 and scores.shape[1] // group < 2 * k:
+        group //= 2
+    grouped = scores.view(rows, -1, group)
+    peaks = grouped.amax(-1)
+    least = peaks.topk(k).values.amin(-1, keepdim=True) if peaks.shape[1] >= k else held  # k keys are no worse
+    row, column = ((peaks > held) & (peaks >= least)).nonzero(as_tuple=True)
+    found = grouped[row, column]
+    place, inside = ((found > held[row]) & (found >= least[row])).nonzero(as_tuple=True)
+    if not place.numel():
+        return best
+    row, column = row[place], column[place] * group + inside
+    counts = torch.bincount(row, minlength=rows)
+    place = torch.arange(row.numel(), device=best.device) - (counts.cumsum(0) - counts)[row]
+    candidates = best.new_full((rows, int(counts.max())), _LOWEST)
+    candidates[row, place] = sort_keys(scores[row, column], begin + column)
+    return torch.cat([best, candidates], 1).topk(k, sorted=False).values
 
 
 def _scores_of(sort_key: Tensor) -> Tensor:
