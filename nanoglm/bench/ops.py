@@ -198,16 +198,17 @@ def scoring(q: Tensor, weights: Tensor, pool: Tensor, keys: int, k: int) -> Call
 
 def instruction_sets(shrink: int) -> Iterator[Case]:
     """The other libraries built here, on fp32 scoring: slower processors get one of them."""
-    q, weights, keys = torch.randn(256, 4, 64), torch.randn(256, 4), torch.randn(max(512, 16_384 // shrink), 64)
-    batch, packed, best = last_rows(256, keys.shape[0]), cpu.pack(keys), cpu.best()
+    queries, length = max(16, 512 // shrink), max(512, 131_072 // shrink)
+    q, weights, keys = torch.randn(queries, 4, 64), torch.randn(queries, 4), torch.randn(length, 64)
+    batch, packed, best = last_rows(queries, length), cpu.pack(keys), cpu.best()
 
     def run(lib: cpu.Library) -> Callable[[], Tensor]:
         return lambda: lib.select(q, weights, packed, batch.table, batch.borders, batch.lengths, 512)
 
     for lib in map(cpu.library, cpu.SETS):
         if isinstance(lib, cpu.Library) and lib != best:
-            name, work = f"indexer 4x64, top 512, 256 of {len(keys)}, fp32, {lib.name}", 2.0 * 4 * 64
-            yield Case(name, run(lib), work * pairs(256, len(keys)), FLOPS, (gemm_name("fp32", SQUARE),))
+            name, work = f"indexer 4x64, top 512, {queries} of {length}, fp32, {lib.name}", 2.0 * 4 * 64
+            yield Case(name, run(lib), work * pairs(queries, length), FLOPS, (gemm_name("fp32", SQUARE),))
 
 
 def random_selection(queries: int, rows: int, k: int) -> Tensor:
