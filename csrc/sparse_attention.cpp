@@ -6,7 +6,7 @@
 #include "common.h"
 
 namespace {
-constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 48;  // keys: of a sum, of one pass over the queries, fetched ahead
+constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 64;  // keys: of a sum, of one pass over the queries, fetched ahead
 
 struct Problem {
   int bf16;
@@ -19,13 +19,28 @@ struct Problem {
   int heads, c, r, k;
   float scale;
   void* out;  // [T, H, C]
+  std::vector<int64_t> run;  // of each request the storage row of position 0 if its pages lie in a row, else -1
 };
+
+// A request alone in a cache has its pages in a row, and so has a whole sequence: nothing to look up then.
+inline std::vector<int64_t> runs(const Problem& p) {
+  std::vector<int64_t> run((size_t)(p.count ? *std::max_element(p.requests, p.requests + p.count) + 1 : 0), -1);
+  for (size_t r = 0; r < run.size(); r++) {
+    const int32_t* pages = p.table + (int64_t)r * p.columns;
+    int32_t gaps = 0;
+    for (int64_t i = 1; i < p.columns; i++) gaps |= pages[i] - pages[i - 1] - 1;
+    if (!gaps) run[r] = pages[0] * p.page_size;
+  }
+  return run;
+}
 
 // Storage rows of the first `most` selected positions of row t; returns how many there are.
 inline int storage_rows(const Problem& p, int64_t t, int most, int32_t* __restrict rows) {
   const int32_t *chosen = p.selection + t * p.k, *pages = p.table + p.requests[t] * p.columns;
   const int n = chosen[most - 1] >= 0 ? most : (int)(std::partition_point(chosen, chosen + most, [](int32_t s) { return s >= 0; }) - chosen);
-  if (p.page_size == BLOCK)
+  if (const int64_t first = p.run[(size_t)p.requests[t]]; first >= 0)
+    for (int i = 0; i < n; i++) rows[i] = (int32_t)first + chosen[i];
+  else if (p.page_size == BLOCK)
     for (int i = 0; i < n; i++) rows[i] = pages[chosen[i] / (uint32_t)BLOCK] * BLOCK + chosen[i] % (uint32_t)BLOCK;
   else
     for (int i = 0; i < n; i++) rows[i] = (int32_t)(pages[chosen[i] / p.page_size] * p.page_size + chosen[i] % p.page_size);
@@ -187,37 +202,55 @@ struct Moving {
   }
 };
 
-// Scores of GROUPS times eight heads and KEYS keys, [GROUPS][KEYS]; while the products run, the rows of other keys are
-// moved: of MANY groups each has its share. Two groups share the loads of the keys.
+// A step's values of one key for every lane group: two pairs for each of eight heads or, of few heads, four pairs for
+// each of four. As doubles or floats, so that the load broadcasts; as integers gcc goes through a general register.
+template <bool MANY> inline __m512bh spread(const uint16_t* values) {
+  if (MANY) return (__m512bh)_mm512_broadcastsd_pd(_mm_load_sd((const double*)values));
+  return (__m512bh)_mm512_broadcast_f32x4(_mm_loadu_ps((const float*)values));
+}
+
+// Products of GROUPS vectors of queries with KEYS keys, [GROUPS][KEYS]; while they run, the rows of other keys are
+// moved, of MANY groups each has its share. Two vectors share the loads of the keys: two groups of eight heads, or the
+// two halves of a single one.
 template <bool MANY, int GROUPS, int KEYS>
 inline __attribute__((always_inline)) void dots(const uint16_t* keys, int64_t wide, int steps, const uint32_t* q, __m512* dot, const Moving& moving) {
+  constexpr int VALUES = MANY ? 4 : 8, STEPS = 32 / VALUES;
 #pragma GCC unroll 16
   for (int j = 0; j < GROUPS * KEYS; j++) dot[j] = _mm512_setzero_ps();
-  for (int first = 0; first < steps; first += 8) {
-    const Moving::Part part = moving.part(first * 4);
-    for (int i = 0; i < 8; i++) {
+  for (int first = 0; first < steps; first += STEPS) {
+    const Moving::Part part = moving.part(first * VALUES);
+    for (int i = 0; i < STEPS; i++) {
       if (first + i < steps) {
         __m512bh query[GROUPS];
 #pragma GCC unroll 2
         for (int g = 0; g < GROUPS; g++) query[g] = (__m512bh)_mm512_load_si512(q + (g * steps + first + i) * 16);
 #pragma GCC unroll 16
         for (int j = 0; j < KEYS; j++) {
-          // As doubles, so that the load broadcasts; as integers gcc goes through a general register.
-          __m512d four = _mm512_broadcastsd_pd(_mm_load_sd((const double*)(keys + j * wide + (first + i) * 4)));
+          const __m512bh key = spread<MANY>(keys + j * wide + (first + i) * VALUES);
 #pragma GCC unroll 2
-          for (int g = 0; g < GROUPS; g++) dot[g * KEYS + j] = _mm512_dpbf16_ps(dot[g * KEYS + j], query[g], (__m512bh)four);
+          for (int g = 0; g < GROUPS; g++) dot[g * KEYS + j] = _mm512_dpbf16_ps(dot[g * KEYS + j], query[g], key);
         }
       }
-      if (int pair = MANY ? moving.from + i : i; !MANY || pair < moving.until) moving.two(part, 2 * pair, wide);
+      if (int pair = moving.from + i; !MANY || pair < moving.until) moving.two(part, 2 * pair, wide);
     }
   }
 }
 
-// Puts scores of one group down, scaled: the products of a key's four values are added two and two.
+// Puts the scores of one group of eight heads down, scaled. A vector holds two keys: in each quarter two heads of the
+// one, then of the other. `dot` holds two sums for each, to be added; of the halves of a single group, four.
 template <int KEYS> inline void put_scores(const __m512* dot, __m512 scale, float* scores) {
 #pragma GCC unroll 8
   for (int i = 0; i < KEYS; i += 2) {
     __m512 two = _mm512_add_ps(_mm512_shuffle_ps(dot[i], dot[i + 1], 0x88), _mm512_shuffle_ps(dot[i], dot[i + 1], 0xDD));
+    _mm512_store_ps(scores + i * HEADS, _mm512_mul_ps(two, scale));
+  }
+}
+template <int KEYS> inline void put_scores_of_halves(const __m512* dot, __m512 scale, float* scores) {
+#pragma GCC unroll 8
+  for (int i = 0; i < KEYS; i += 2) {
+    __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(dot[i], dot[KEYS + i]), _mm512_unpackhi_ps(dot[i], dot[KEYS + i]));
+    __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(dot[i + 1], dot[KEYS + i + 1]), _mm512_unpackhi_ps(dot[i + 1], dot[KEYS + i + 1]));
+    __m512 two = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xEE));
     _mm512_store_ps(scores + i * HEADS, _mm512_mul_ps(two, scale));
   }
 }
@@ -276,15 +309,16 @@ template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int
   uint32_t* q = s.q;
   const int64_t wide = WIDE ? WIDE : s.wide, c = p.c, r = p.r;
   constexpr int chunk = Scratch::chunk(MANY);
-  const int groups = (to - from + HEADS - 1) / HEADS, steps = (int)(c + r) / 4;
+  constexpr int VALUES = MANY ? 4 : 8;  // of a key in one step
+  const int groups = (to - from + HEADS - 1) / HEADS, steps = (int)(c + r) / VALUES;
   const int valid = storage_rows(p, t, p.k, rows);
   if (!valid) rows[0] = 0;  // not a Selection; nothing to read beyond it
-  memset(q, 0, (size_t)groups * steps * 64);
+  memset(q, 0, (size_t)groups * ((c + r) / 4) * 64);
   for (int h = 0; h < to - from; h++) {
     const uint16_t *a = (const uint16_t*)p.q_latent + (t * p.heads + from + h) * c, *b = (const uint16_t*)p.q_rope + (t * p.heads + from + h) * r;
-    uint32_t* out = q + (size_t)(h / HEADS) * steps * 16 + h % HEADS * 2;
-    for (int s = 0; s < c / 4; s++) memcpy(out + s * 16, a + s * 4, 8);
-    for (int s = 0; s < r / 4; s++) memcpy(out + (c / 4 + s) * 16, b + s * 4, 8);
+    uint32_t* out = MANY ? q + (size_t)(h / HEADS) * steps * 16 + h % HEADS * 2 : q + h % 2 * steps * 16 + h / 2 * 4;
+    for (int s = 0; s < c / VALUES; s++) memcpy(out + s * 16, a + s * VALUES, VALUES * 2);
+    for (int s = 0; s < r / VALUES; s++) memcpy(out + (c / VALUES + s) * 16, b + s * VALUES, VALUES * 2);
   }
   memset(s.acc, 0, (size_t)groups * HEADS * c * 4);
   const __m512 scale = _mm512_set1_ps(p.scale * 1.44269504f);  // scores are powers of two from here on
@@ -308,19 +342,25 @@ template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int
       float* scores = s.scores + j * HEADS;
       auto turn = [&] { moving.from = moving.until, moving.until = std::min(moving.until + moved, TOGETHER / 2); };
       moving.until = 0;
+      for (int half = 0; half < TOGETHER && !MANY; half += TOGETHER / 2) {
+        __m512 dot[TOGETHER];
+        moving.from = half / 2;
+        dots<false, 2, TOGETHER / 2>(k + half * wide, wide, steps, q, dot, moving);
+        put_scores_of_halves<TOGETHER / 2>(dot, scale, scores + half * HEADS);
+      }
       int g = 0;
-      for (; g + 2 <= groups; g += 2)
+      for (; g + 2 <= groups && MANY; g += 2)
         for (int half = 0; half < TOGETHER; half += TOGETHER / 2) {
           __m512 dot[TOGETHER];
           turn();
-          dots<MANY, 2, TOGETHER / 2>(k + half * wide, wide, steps, q + (size_t)g * steps * 16, dot, moving);
+          dots<true, 2, TOGETHER / 2>(k + half * wide, wide, steps, q + (size_t)g * steps * 16, dot, moving);
           put_scores<TOGETHER / 2>(dot, scale, scores + (g * chunk + half) * HEADS);
           put_scores<TOGETHER / 2>(dot + TOGETHER / 2, scale, scores + ((g + 1) * chunk + half) * HEADS);
         }
-      if (g < groups) {
+      if (g < groups && MANY) {
         __m512 dot[TOGETHER];
         turn();
-        dots<MANY, 1, TOGETHER>(k, wide, steps, q + (size_t)g * steps * 16, dot, moving);
+        dots<true, 1, TOGETHER>(k, wide, steps, q + (size_t)g * steps * 16, dot, moving);
         put_scores<TOGETHER>(dot, scale, scores + g * chunk * HEADS);
       }
     }
@@ -383,7 +423,8 @@ template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int
 EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void* q_rope, const void* latent, const void* rope, const int32_t* selection,
                                      const int64_t* requests, const int32_t* table, int64_t columns, int64_t page_size,
                                      int64_t count, int heads, int c, int r, int k, float scale, void* out, int threads) {
-  Problem p{bf16, q_latent, q_rope, latent, rope, selection, requests, table, columns, page_size, count, heads, c, r, k, scale, out};
+  Problem p{bf16, q_latent, q_rope, latent, rope, selection, requests, table, columns, page_size, count, heads, c, r, k, scale, out, {}};
+  p.run = runs(p);
   bool pairs = false;
 #ifdef __AVX512BF16__
   pairs = bf16 && c % 32 == 0 && r % 4 == 0;
@@ -397,7 +438,7 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
     Aligned<int32_t> rows((size_t)k + TOGETHER + AHEAD);
 #ifdef __AVX512BF16__
     if (pairs) {
-      const bool many = heads > HEADS;  // of all heads: a row's bits may not depend on how they are shared out
+      const bool many = heads > HEADS || r % 8;  // of all heads: a row's bits may not depend on how they are shared out
       Scratch s(p, (size_t)(heads + HEADS - 1) / HEADS, (size_t)Scratch::chunk(many));
       auto attend_one = many ? s.wide == 576 ? attend_bf16<576, true> : attend_bf16<0, true> : s.wide == 96 ? attend_bf16<96, false> : attend_bf16<0, false>;
 #pragma omp for schedule(dynamic, 4)
