@@ -2,8 +2,9 @@
 //
 // I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s]); each row keeps its k best under the total rule: higher score
 // first, -0.0 = +0.0, then lower position. Keys are packed in groups of 16: fp32 [group][dim][16], bf16
-// [group][dim / 2][16][2], int8 [group][dim / 4][16][4] with 128 added, then the group's 16 scales. A pair's score is one chain of sums over dims, then over heads: it does not depend
-// on tile, block or thread. Keys come in ascending position, so only scores *above* the k-th best so far enter.
+// [group][dim / 2][16][2], int8 [group][dim / 4][16][4] with 128 added, then the group's 16 scales. A pair's score is
+// one chain of sums over dims, then over heads: it does not depend on tile, block or thread. Keys come in ascending
+// position, so only scores *above* the k-th best so far enter.
 #include "common.h"
 
 namespace {
@@ -172,7 +173,7 @@ inline uint64_t put_down(const __m512* sum, float threshold, float* out) {
 #endif
 
 #ifdef __AVX512BF16__
-// DWORDS: of a key, where the compiler is to know it (0: it is not); then its loop is unrolled.
+// DWORDS: of a key, where the compiler is to know it (0: it is not).
 template <int HEADS, int DWORDS>
 inline void score_bf16(const uint32_t* keys, const uint32_t* q, const float* w, int heads, int pairs, __m512* sum) {
   if (DWORDS) pairs = DWORDS;

@@ -290,7 +290,8 @@ template <class Values> inline void weigh(const Values& value, const uint32_t* p
 
 struct Scratch {  // of one thread, for groups of eight heads
   int64_t wide;  // of a key's row in scratch; the usual ones are known to the compiler
-  static constexpr int chunk(bool many) { return many ? 2 * CHUNK : CHUNK; }  // keys of a sum: more where many heads' sums are fetched and put down for each
+  // Keys of a sum: more of them where many heads' sums have to be fetched and put down each time.
+  static constexpr int chunk(bool many) { return many ? 2 * CHUNK : CHUNK; }
   Aligned<uint16_t> key_rows;
   Aligned<uint32_t> queries, weight_pairs;
   Aligned<float> floats;
@@ -438,9 +439,11 @@ EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void*
     Aligned<int32_t> rows((size_t)k + TOGETHER + AHEAD);
 #ifdef __AVX512BF16__
     if (pairs) {
-      const bool many = heads > HEADS || r % 8;  // of all heads: a row's bits may not depend on how they are shared out
+      const bool many = heads > HEADS || r % 8;  // heads of the model: bits may not depend on how they are shared out
       Scratch s(p, (size_t)(heads + HEADS - 1) / HEADS, (size_t)Scratch::chunk(many));
-      auto attend_one = many ? s.wide == 576 ? attend_bf16<576, true> : attend_bf16<0, true> : s.wide == 96 ? attend_bf16<96, false> : attend_bf16<0, false>;
+      const auto of_many = s.wide == 576 ? attend_bf16<576, true> : attend_bf16<0, true>;
+      const auto of_few = s.wide == 96 ? attend_bf16<96, false> : attend_bf16<0, false>;
+      const auto attend_one = many ? of_many : of_few;
 #pragma omp for schedule(dynamic, 4)
       for (int64_t n = 0; n < count * parts; n++)
         if (int from = (int)(n % parts) * each, to = std::min(heads, from + each); from < to) attend_one(p, n / parts, from, to, rows.data, s);
