@@ -11,6 +11,7 @@ constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 64;  // keys: of a sum, of one 
 struct Problem {
   int bf16;
   const void *q_latent, *q_rope, *latent, *rope;  // [T, H, C], [T, H, R], [N, C], [N, R]
+  int64_t latent_step, rope_step;                 // values from one storage row to the next
   const int32_t* selection;                        // [T, K] logical positions, -1 after the valid ones
   const int64_t* requests;                         // [T] whose page table, [B, columns], translates them
   const int32_t* table;
@@ -71,8 +72,8 @@ void attend(const Problem& p, int64_t t, int from, int to, int32_t* rows, float*
     int n = std::min(CHUNK, valid - begin), groups = (n + GROUP - 1) / GROUP;
     for (int j = 0; j < n; j++) {
       float* v = values + (size_t)j * wide;
-      to_float(p, p.latent, (int64_t)rows[begin + j] * p.c, p.c, v);
-      to_float(p, p.rope, (int64_t)rows[begin + j] * p.r, p.r, v + p.c);
+      to_float(p, p.latent, rows[begin + j] * p.latent_step, p.c, v);
+      to_float(p, p.rope, rows[begin + j] * p.rope_step, p.r, v + p.c);
     }
     for (int j = n; j < groups * GROUP; j++) memset(values + (size_t)j * wide, 0, (size_t)wide * 4);
     for (int g = 0; g < groups; g++)  // transposed: [group][dim][16]
@@ -175,7 +176,7 @@ inline __m512 exp2_512(__m512 x) {  // relative error below 3e-7; a denormal or 
 // others that are fetched, 32 values of some of 16 rows at a time.
 struct Moving {
   const uint16_t *latent, *rope;
-  int64_t c, r;
+  int64_t latent_step, rope_step, c, r;
   const int32_t *next, *later;
   uint16_t* to;  // [16][stride]
   int from, until;  // pairs of rows whose turn it is
@@ -185,8 +186,8 @@ struct Moving {
     __mmask32 there;
   };
   Part part(int64_t at) const {  // of values [at, at + 32) of latent and rope
-    if (at < c) return {latent + at, c, at, ~0u};
-    return {rope + at - c, r, at, c + r - at >= 32 ? ~0u : (1u << (c + r - at)) - 1};
+    if (at < c) return {latent + at, latent_step, at, ~0u};
+    return {rope + at - c, rope_step, at, c + r - at >= 32 ? ~0u : (1u << (c + r - at)) - 1};
   }
   void two(const Part& p, int i, int64_t wide) const {
 #pragma GCC unroll 2
@@ -329,7 +330,7 @@ template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int
   for (; end % TOGETHER; end++) rows[end] = rows[valid - 1];
   const int more = t + 1 < p.count ? storage_rows(p, t + 1, std::min(p.k, AHEAD), rows + end) : 0;
   for (int i = more; i < AHEAD; i++) rows[end + i] = rows[0];
-  Moving moving{(const uint16_t*)p.latent, (const uint16_t*)p.rope, c, r, rows, rows, s.keys, 0, 0};
+  Moving moving{(const uint16_t*)p.latent, (const uint16_t*)p.rope, p.latent_step, p.rope_step, c, r, rows, rows, s.keys, 0, 0};
   const int moved = (TOGETHER / 2 + groups - 1) / groups;  // pairs a turn; there are as many turns as groups
   moving.all(wide);
   for (int begin = 0; begin < valid; begin += chunk) {
@@ -421,10 +422,10 @@ template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int
 #endif
 }  // namespace
 
-EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void* q_rope, const void* latent, const void* rope, const int32_t* selection,
-                                     const int64_t* requests, const int32_t* table, int64_t columns, int64_t page_size,
+EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void* q_rope, const void* latent, int64_t latent_step, const void* rope,
+                                     int64_t rope_step, const int32_t* selection, const int64_t* requests, const int32_t* table, int64_t columns, int64_t page_size,
                                      int64_t count, int heads, int c, int r, int k, float scale, void* out, int threads) {
-  Problem p{bf16, q_latent, q_rope, latent, rope, selection, requests, table, columns, page_size, count, heads, c, r, k, scale, out, {}};
+  Problem p{bf16, q_latent, q_rope, latent, rope, latent_step, rope_step, selection, requests, table, columns, page_size, count, heads, c, r, k, scale, out, {}};
   p.run = runs(p);
   bool pairs = false;
 #ifdef __AVX512BF16__

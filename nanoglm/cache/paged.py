@@ -1,9 +1,9 @@
 """The paged latent cache: what a request remembers.
 
 A page names 64 logical tokens in every layer: one page id, one table per request. Storage is one
-tensor per kind and layer: latent and rope ``[pages, 64, dim]``, and on Full layers and the MTP layer
-index keys, ``[pages, ...]`` in a layout that only ops know. Selections hold logical positions; only ops
-translate them to pages.
+tensor per layer for latent and rope, ``[pages, 64, C + R]``, since whoever selects a token reads both,
+and on Full layers and the MTP layer one for index keys, ``[pages, ...]`` in a layout that only ops know.
+Selections hold logical positions; only ops translate them to pages.
 
 A request's length decides what is visible. Rolling back n tokens shortens it and frees whole pages;
 what the abandoned tokens left behind is never read and is overwritten when the positions return.
@@ -36,12 +36,9 @@ class PagedCache:
         self, config: GLMConfig, pages: int, *, dtype: torch.dtype = torch.float32,
         index_dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        def pool(dim: int) -> Tensor:
-            return torch.zeros(pages, PAGE, dim, dtype=dtype, device=device)
-
+        self._widths = config.kv_lora_rank, config.qk_rope_head_dim
         layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-        self._latent = [pool(config.kv_lora_rank) for _ in layers]
-        self._rope = [pool(config.qk_rope_head_dim) for _ in layers]
+        self._keys = [torch.zeros(pages, PAGE, sum(self._widths), dtype=dtype, device=device) for _ in layers]
         self._index_keys = {
             i: index_pool(pages, PAGE, config.index_head_dim, index_dtype or dtype, device)
             for i in layers
@@ -110,16 +107,16 @@ class PagedCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token takes in all layers, the MTP layer's included."""
-        pools = [*self._latent, *self._rope, *self._index_keys.values()]
+        pools = [*self._keys, *self._index_keys.values()]
         return sum(pool.nbytes // (pool.shape[0] * PAGE) for pool in pools)
 
     # ---------------------------------------------------------------- the model's Store
     def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
-        cache_append(self._latent[layer], latent_TC, batch.slots)
-        cache_append(self._rope[layer], rope_TR, batch.slots)
+        cache_append(self._keys[layer], torch.cat([latent_TC, rope_TR], 1), batch.slots)
 
     def latent(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._latent[layer].flatten(0, 1), self._rope[layer].flatten(0, 1)
+        latent_NC, rope_NR = self._keys[layer].flatten(0, 1).split(self._widths, 1)
+        return latent_NC, rope_NR
 
     def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
         index_append(self._index_keys[layer], keys_TI, batch.slots)

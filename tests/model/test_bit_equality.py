@@ -37,7 +37,7 @@ def shuffled_cache(model: GLM, pages: int = 40) -> PagedCache:
     """A cache whose next pages come in random order and already hold rubbish."""
     cache = PagedCache(model.config, pages, dtype=model.lm_head.weight.dtype)
     cache._free = torch.randperm(pages, generator=torch.Generator().manual_seed(5)).tolist()
-    for pool in [*cache._latent, *cache._rope, *cache._index_keys.values()]:
+    for pool in [*cache._keys, *cache._index_keys.values()]:
         pool.fill_(torch.nan)  # a row read before it is written shows up
     return cache
 

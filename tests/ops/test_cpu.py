@@ -223,9 +223,9 @@ def test_quantised_is_the_same_as_torchs(isa: str, dtype: torch.dtype) -> None:
 @given(
     batches(400), st.integers(1, 17), st.integers(1, 80) | st.sampled_from([32, 64, 96, 512]),
     st.integers(1, 24) | st.sampled_from([4, 20, 32, 64]), st.integers(1, 200), DTYPES,
-    st.integers(0, 99),
+    st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k, dtype, seed) -> None:
+def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k, dtype, together, seed) -> None:
     batch, storage = batch_rows
     torch.manual_seed(seed)
     rows = batch.borders[-1]
@@ -238,6 +238,8 @@ def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k,
     slots = ops.batch.storage_rows(chosen.clamp(min=0).long(), batch.requests[:, None], batch.table, batch.page_size)
     used[slots[chosen >= 0]] = True
     poisoned = [*tensors[:2], *(t.masked_fill(~used[:, None], torch.nan) for t in tensors[2:])]
+    if together:  # as the cache keeps them: a row's latent and rope side by side
+        poisoned[2:] = torch.cat(poisoned[2:], 1).split([c, r], 1)
     found = ops.sparse_attention(*poisoned, chosen, batch, 0.3).float()
     expected = reference.sparse_attention(*(t.float() for t in tensors), chosen, batch, 0.3)
     limit = 1e-5 if dtype == torch.float32 else 1e-2

@@ -106,7 +106,7 @@ def test_mtp_draft_keys_are_never_read(composed: Any) -> None:
     request = cache.open()
     output = ours(IDS[:5], cache.extend([request], [5]), cache)  # 5 < k
     m, selection = ours.draft(IDS[1:6], output.hidden, output.step)
-    before = [pool.clone() for pool in [*cache._latent, *cache._rope, *cache._index_keys.values()]]
+    before = [pool.clone() for pool in [*cache._keys, *cache._index_keys.values()]]
     ours.draft(IDS[2:7], m, output.step, depth=1, selection=selection)
-    after = [*cache._latent, *cache._rope, *cache._index_keys.values()]
+    after = [*cache._keys, *cache._index_keys.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

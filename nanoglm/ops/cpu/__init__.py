@@ -33,7 +33,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
 _SIGNATURES = {  # of csrc's exported functions
     "select": "ippppqppqiiipi",
-    "sparse_attention": "ipppppppqqqiiiifpi",
+    "sparse_attention": "ipppqpqpppqqqiiiifpi",
     "experts": "ippppppqqqiiiipi",
     "experts_int8": "pppppppqiiiipi",
     "linear": "ipqqpqqiqiiipii",
@@ -74,14 +74,16 @@ class Library:
         table: Tensor, page_size: int, scale: float,
     ) -> Tensor:  # fmt: skip
         """As :func:`nanoglm.ops.sparse_attention`."""
-        q_latent, q_rope, latent, rope = (x.contiguous() for x in (q_latent, q_rope, latent, rope))
+        q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
+        latent, rope = (x if x.stride(1) == 1 else x.contiguous() for x in (latent, rope))
         selection, requests, table = selection.int().contiguous(), requests.contiguous(), table.int().contiguous()
         out = torch.empty_like(q_latent)
         count, heads, c = q_latent.shape
         self.handle.nanoglm_sparse_attention(
-            _bf16(q_latent), q_latent.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), rope.data_ptr(),
-            selection.data_ptr(), requests.data_ptr(), table.data_ptr(), table.shape[1], page_size, count, heads, c,
-            rope.shape[1], selection.shape[1], scale, out.data_ptr(), torch.get_num_threads(),
+            _bf16(q_latent), q_latent.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), latent.stride(0),
+            rope.data_ptr(), rope.stride(0), selection.data_ptr(), requests.data_ptr(), table.data_ptr(),
+            table.shape[1], page_size, count, heads, c, rope.shape[1], selection.shape[1], scale, out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
