@@ -5,7 +5,8 @@ Shape legend: B sequences, L length, T = B * L rows, H heads, J indexer heads, A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from nanoglm.model import GLM, Output
 from nanoglm.model.indexer import IndexerInputs
 
 IGNORE = -100
+CHUNK_ELEMENTS = 1 << 24  # of scores held at once
 
 
 def cross_entropy(model: GLM, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, int]:
@@ -23,20 +25,48 @@ def cross_entropy(model: GLM, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Ten
     return F.cross_entropy(logits, targets_T, ignore_index=IGNORE, reduction="sum"), int((targets_T >= 0).sum())
 
 
-def mtp(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> tuple[Tensor, int]:
-    """MTP loss over several uses of the one layer, with the keys and Selection of step 0 as in decoding.
+def drafts(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> Iterator[Tensor]:
+    """Hidden states [T, D] of each use of the MTP layer, with the keys and Selection of step 0 as in decoding.
 
-    Row t of depth j stands at position t + j, reads token t + 1 + j and predicts token t + 2 + j.
+    Row t of depth j stands at position t + j, reads token t + 1 + j and predicts token t + 2 + j; rows whose tokens
+    lie beyond the sequence hold nothing of use.
     """
-    total, count = output.hidden.new_zeros(()), 0
     hidden, selection = output.hidden, None
     for depth in range(depths):
         following = F.pad(ids_BL[:, 1 + depth :], (0, 1 + depth)).flatten()
-        targets = F.pad(ids_BL[:, 2 + depth :], (0, 2 + depth), value=IGNORE).flatten()
         hidden, selection = model.draft(following, hidden, output.step, depth=depth, selection=selection)
+        yield hidden
+
+
+def mtp(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> tuple[Tensor, int]:
+    """Next-token loss of several uses of the one MTP layer."""
+    total, count = output.hidden.new_zeros(()), 0
+    for depth, hidden in enumerate(drafts(model, output, ids_BL, depths)):
+        targets = F.pad(ids_BL[:, 2 + depth :], (0, 2 + depth), value=IGNORE).flatten()
         loss, n = cross_entropy(model, hidden, targets)
         total, count = total + loss, count + n
     return total, count
+
+
+def total_variation(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> tuple[Tensor, int]:
+    """What speculation loses: 1 less the share of ``depths`` drafts that verification is expected to accept.
+
+    A draft from q is accepted with probability 1 - TV(p, q), p being the main model's distribution at that place
+    (detached), and only behind accepted ones: 1 - (1 / depths) sum_j prod_(i <= j) (1 - TV_i), over the rows whose
+    drafts all lie within the sequence (architecture spec 3.2, after Bebop).
+    """
+    (sequences, length), rows = ids_BL.shape, ids_BL.shape[1] - depths
+    if rows < 1:
+        return output.hidden.new_zeros(()), 0
+    p_BLV = model.logits(output.hidden.detach()).detach().float().softmax(-1).unflatten(0, (sequences, length))
+    reached = output.hidden.new_ones(sequences, rows, dtype=torch.float32)
+    total = torch.zeros_like(reached)
+    for depth, hidden in enumerate(drafts(model, output, ids_BL, depths)):
+        q_BLV = model.logits(hidden).float().softmax(-1).unflatten(0, (sequences, length))
+        accepted = torch.minimum(p_BLV[:, 1 + depth : 1 + depth + rows], q_BLV[:, :rows]).sum(-1)
+        reached = reached * accepted
+        total = total + reached
+    return (1 - total / depths).sum(), sequences * rows
 
 
 def groups(full_layers: Sequence[int], layers: int) -> dict[int, range]:
@@ -55,28 +85,84 @@ def indexer_kl(
     """Multi-layer KL(p || q) of one indexer q against the attention p of all layers it serves.
 
     The gradient of the mean over layers equals that against the averaged p (IndexCache 3.2), so the
-    teachers are averaged. With a Selection both sides are restricted to it (sparse stage).
+    teachers are averaged. With a Selection both sides are restricted to it (sparse stage), each teacher before the
+    average. Rows go in chunks, and what a chunk needs is gone when the next begins: no T x S tensor, of the teachers
+    neither, is kept for the backward pass.
 
     Args:
         inputs: the indexer's queries, weights and keys for T = B * L rows.
-        served: per layer the expanded queries and keys, [T, H, A] each, detached.
+        served: per layer queries [T, H, A] and keys, detached: expanded [T, H, A], or what all heads share, [T, A]
+            (absorbed queries with latents and rotated keys).
         length: L. scale: softmax scale of the main attention.
     """
-    rows = torch.arange(length, device=inputs.keys_TI.device)
-    mask = (rows <= rows[:, None])[None]  # [1, L, L]
-    if selection is not None:
-        chosen = selection.unflatten(0, (-1, length)).long()
-        allowed = torch.zeros(*chosen.shape[:2], length + 1, dtype=torch.bool, device=chosen.device)
-        mask = allowed.scatter_(2, torch.where(chosen < 0, length, chosen), True)[..., :length]
-    q, w, k = (x.float().unflatten(0, (-1, length)) for x in inputs)
-    scores = torch.einsum("btjs,btj->bts", torch.einsum("btji,bsi->btjs", q, k).relu(), w)
-    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
-    with torch.no_grad():
-        p = torch.zeros_like(scores)
-        for queries, keys in served:
-            qa, ka = (x.float().unflatten(0, (-1, length)).transpose(1, 2) for x in (queries, keys))
-            attention = (qa @ ka.mT * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-            p += attention.mean(1) / len(served)
-        log_p = p.clamp(min=1e-20).log()
-    terms = torch.where(mask & (p > 0), p * (log_p - log_q), 0.0)
-    return terms.sum(), scores.shape[0] * length
+    total: Tensor = _IndexerKL.apply(*inputs, served, length, scale, selection)
+    return total, inputs.keys_TI.shape[0]
+
+
+class _IndexerKL(torch.autograd.Function):
+    """The loss with its gradient, d/dI = softmax(I) - p, in one pass over the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, weights: Tensor, keys: Tensor, served: Sequence[tuple[Tensor, Tensor]], length: int,
+        scale: float, selection: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        q, w, k = (_wide(x).unflatten(0, (-1, length)) for x in (q, weights, keys))
+        teachers = [(_wide(x).unflatten(0, (-1, length)), _wide(y).unflatten(0, (-1, length))) for x, y in served]
+        chosen = None if selection is None else selection.unflatten(0, (-1, length)).long()
+        widest = max(q.shape[2], *(x.shape[2] for x, _ in teachers))
+        step = max(1, CHUNK_ELEMENTS // (q.shape[0] * length * widest))
+        total, (dq, dw, dk) = q.new_zeros(()), (torch.zeros_like(x) for x in (q, w, k))
+        sequence = torch.arange(q.shape[0], device=q.device)[:, None, None]
+        positions = torch.arange(length, device=q.device)
+        for begin in range(0, length, step):
+            end = min(begin + step, length)
+            if chosen is None:
+                mask, at = (positions[:end] <= positions[begin:end, None])[None], None
+                seen = k[:, None, :end]  # [B, 1, S, I]
+            else:
+                at = chosen[:, begin:end]
+                mask, at = at >= 0, at.clamp(min=0)
+                seen = k[sequence, at]  # [B, t, K, I]
+            dots = (q[:, begin:end] @ seen.mT).relu()  # [B, t, J, S]
+            scores = (w[:, begin:end, None] @ dots).squeeze(2)
+            log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+            p = _attention(teachers, begin, end, scale, mask, at)
+            total += torch.where(p > 0, p * (p.clamp(min=1e-30).log() - log_q), 0.0).sum()
+            d = log_q.exp() - p  # both 0 where nothing is seen
+            dw[:, begin:end] = (dots @ d[..., None]).squeeze(-1)
+            d_dots = d[:, :, None] * w[:, begin:end, :, None] * (dots > 0)
+            dq[:, begin:end] = d_dots @ seen
+            if at is None:
+                dk[:, :end] += d_dots.flatten(1, 2).mT @ q[:, begin:end].flatten(1, 2)
+            else:
+                rows = (at + sequence * length).flatten()
+                dk.flatten(0, 1).index_add_(0, rows, (d_dots.mT @ q[:, begin:end]).flatten(0, 2))
+        ctx.save_for_backward(*(x.flatten(0, 1).to(y.dtype) for x, y in ((dq, q), (dw, w), (dk, k))))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad * x for x in ctx.saved_tensors), None, None, None, None
+
+
+def _attention(
+    teachers: Sequence[tuple[Tensor, Tensor]], begin: int, end: int, scale: float, mask: Tensor, at: Tensor | None
+) -> Tensor:
+    """Mean over layers and heads of the attention of rows [begin, end) to what they see: [B, t, S or K]."""
+    mean: Tensor | None = None
+    for queries, keys in teachers:
+        q = queries[:, begin:end].transpose(1, 2)  # [B, H, t, A]
+        k = keys[:, None] if keys.ndim == 3 else keys.transpose(1, 2)
+        logits = q @ k[:, :, : end if at is None else None].mT
+        if at is not None:
+            logits = logits.gather(-1, at[:, None].expand(*logits.shape[:3], -1))
+        p = (logits * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1) / len(teachers)
+        mean = p if mean is None else mean + p
+    assert mean is not None
+    return mean
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or as it is if wider."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

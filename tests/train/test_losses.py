@@ -110,6 +110,50 @@ def test_mtp_against_decoding(ids: Tensor, attention: Attention, depths: int) ->
     assert total.item() == pytest.approx(sum(s for s, _ in expected), rel=2e-5)
 
 
+@pytest.mark.parametrize("depths", [1, 3])
+def test_total_variation_is_the_share_of_drafts_that_fail(ids: Tensor, depths: int) -> None:
+    """By decoding one token at a time: sum of min(p, q) at each depth, products along the chain."""
+    model = build(index_topk=8)
+    with torch.no_grad():
+        total, count = losses.total_variation(model, run(model, ids, "masked"), ids, depths)
+        p = model.logits(run(model, ids, "masked").hidden).softmax(-1).unflatten(0, ids.shape)
+    expected, rows = 0.0, 0
+    for b, row in enumerate(ids.tolist()):
+        cache = PagedCache(model.config, 4)
+        request = cache.open()
+        for t in range(LENGTH - depths):
+            with torch.no_grad():
+                output = model(torch.tensor(row[t : t + 1]), cache.extend([request], [1]), cache)
+                hidden, selection, chain, kept = output.hidden, None, 1.0, 0.0
+                for depth in range(depths):
+                    following = torch.tensor([row[t + 1 + depth]])
+                    hidden, selection = model.draft(following, hidden, output.step, depth=depth, selection=selection)
+                    q = model.logits(hidden)[0].softmax(-1)
+                    chain *= float(torch.minimum(p[b, t + 1 + depth], q).sum())
+                    kept += chain
+            expected, rows = expected + 1 - kept / depths, rows + 1
+    assert count == rows == 2 * (LENGTH - depths)
+    assert total.item() == pytest.approx(expected, rel=2e-5)
+    assert losses.total_variation(model, run(model, ids[:, :3], "dense"), ids[:, :3], 3)[1] == 0  # nothing to draft
+
+
+def test_total_variation_moves_the_draft_towards_the_model(ids: Tensor) -> None:
+    """The main distribution is a target: head and backbone get gradient through the draft only."""
+    model = build()
+    output = run(model, ids, "dense")
+    head = model.lm_head.weight
+    total, _ = losses.total_variation(model, output, ids, 1)
+    (ours,) = torch.autograd.grad(total, head, retain_graph=True)
+    with torch.no_grad():
+        p = model.logits(output.hidden).softmax(-1).unflatten(0, ids.shape)[:, 1:]
+    hidden = next(losses.drafts(model, output, ids, 1)).unflatten(0, ids.shape)[:, :-1].detach()
+    (expected,) = torch.autograd.grad((1 - torch.minimum(p, (hidden @ head.T).softmax(-1)).sum(-1)).sum(), head)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    parameters = dict(model.named_parameters())
+    (moved,) = torch.autograd.grad(total, [parameters["model.layers.4.eh_proj.weight"]])
+    assert moved.abs().sum() > 0
+
+
 def test_mtp_reads_no_token_it_predicts(model: GLM, ids: Tensor) -> None:
     """The last token is only ever a target: another one moves one row's loss at depth 0, by its own nats."""
     changed = ids.clone()
@@ -226,6 +270,27 @@ def test_multi_layer_gradient_is_the_mean_of_the_layers_gradients(selected: bool
     for ours, theirs in zip(gradients(together, inputs), gradients(mean, inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert together.item() < mean.item() - 1e-3  # the mean form pays for what the layers disagree on
+
+
+@pytest.mark.parametrize("selected", [False, True], ids=["dense", "selected"])
+@pytest.mark.parametrize("shared_keys", [False, True], ids=["expanded", "absorbed"])
+def test_kl_in_chunks_is_the_whole_to_fp64(monkeypatch: pytest.MonkeyPatch, selected: bool, shared_keys: bool) -> None:
+    """Rows one by one, and gradients against finite differences."""
+    inputs, served, selection = kl_case()
+    wide = IndexerInputs(*(x.detach().double().requires_grad_() for x in inputs))
+    teachers = [(q.double(), (k[:, 0] if shared_keys else k).double()) for q, k in served]
+    expanded = [(q, k[:, None].expand(-1, H, -1) if shared_keys else k) for q, k in teachers]
+    chosen = selection if selected else None
+    whole, _ = losses.indexer_kl(wide, teachers, L, SCALE, chosen)
+    assert whole.item() == pytest.approx(kl_by_hand(wide, expanded, chosen).item(), rel=1e-9)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
+    parts, _ = losses.indexer_kl(wide, teachers, L, SCALE, chosen)
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(whole, list(wide)), torch.autograd.grad(parts, list(wide)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda *x: losses.indexer_kl(IndexerInputs(*x), teachers, L, SCALE, chosen)[0], tuple(wide)
+    )
 
 
 def test_kl_is_zero_where_the_indexer_is_the_attention() -> None:
