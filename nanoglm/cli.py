@@ -283,7 +283,14 @@ def doctor() -> None:
     _print_lines(lines)
 
 
-def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: int = 0) -> None:
+def train(
+    text: Path,
+    out: Path,
+    preset: str = "nano",
+    steps: int = 2000,
+    seed: int = 0,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+) -> None:
     """Train a preset on text, byte by byte: dense, indexer warm-up, sparse.
 
     Args:
@@ -292,10 +299,11 @@ def train(text: Path, out: Path, preset: str = "nano", steps: int = 2000, seed: 
         preset: A preset of the byte vocabulary (tiny or nano).
         steps: Optimiser steps of 4,096 tokens.
         seed: Of the weights and the data order.
+        optimizer: adamw for all, or muon for the matrices of the layers.
     """
     from nanoglm.train.trainer import Recipe, read_text, run
 
-    run(preset, read_text(text), Recipe(steps=steps, seed=seed), out)
+    run(preset, read_text(text), Recipe(steps=steps, seed=seed, optimizer=optimizer), out)
 
 
 def bench(verb: Annotated[Verb, tyro.conf.arg(name="")]) -> None:

@@ -1,6 +1,6 @@
 """A small trainer: dense, then indexer warm-up, then sparse under the pattern (training spec 4.1).
 
-One process, AdamW, text as bytes. It exists to make the bundled default model and to show the
+One process, text as bytes. It exists to make the bundled default model and to show the
 stages in one file.
 """
 
@@ -28,7 +28,7 @@ from nanoglm.errors import InputError
 from nanoglm.model import GLM, BatchStore, Output, Tape
 from nanoglm.model.moe import MoE
 from nanoglm.ops import Batch
-from nanoglm.train import losses
+from nanoglm.train import losses, optim
 from nanoglm.weights import SHARED_INDEXERS
 
 END_OF_TEXT = 256  # <|endoftext|> of the byte tokenizer
@@ -48,8 +48,10 @@ class Recipe:
     indexer_every: int = 4  # sparse stage: steps between two of the indexers' own
     rate: float = 3e-3
     indexer_rate: float = 5e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices it is for, see optim.groups
     weight_decay: float = 0.1
     mtp_depths: int = 2
+    late_drafts: Literal["likelihood", "total_variation"] = "likelihood"  # what MTP learns from `late` on
     balance_rate: float = 3e-3
     late: float = 0.65  # from here on the balance bias rests and the MTP weight falls from 0.3 to 0.1
     seed: int = 0
@@ -95,23 +97,25 @@ def windows(text: np.ndarray, recipe: Recipe) -> Iterator[Tensor]:
         yield torch.from_numpy(np.stack([text[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
-def optimizer(model: GLM, recipe: Recipe) -> torch.optim.AdamW:
-    """Three groups: matrices, the rest of the backbone (no decay), indexers (their own rate and clip)."""
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
-    indexers: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        group = indexers if ".indexer." in name else matrices if parameter.ndim > 1 else others
-        group.append(parameter)
-    return torch.optim.AdamW(
+def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW in three groups (matrices, the rest of the backbone without decay, indexers) and, if asked for, Muon for
+    the matrices that it is for. A group says in ``indexer`` whether it is the indexers', which have their own rate."""
+    found = optim.groups(model)
+    muon = recipe.optimizer == "muon"
+    matrices = found.matrices + ([] if muon else [p for group in found.cut.values() for p in group])
+    adamw = torch.optim.AdamW(
         [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-            {"params": indexers, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": recipe.weight_decay, "indexer": False},
+            {"params": found.vectors, "weight_decay": 0.0, "indexer": False},
+            {"params": found.indexers, "weight_decay": 0.0, "indexer": True},
         ],
         betas=(0.9, 0.95),
         foreach=True,
     )
+    if not muon:
+        return [adamw]
+    pieces = [{"params": group, "cut": cut, "indexer": False} for cut, group in found.cut.items()]
+    return [adamw, optim.Muon(pieces, weight_decay=recipe.weight_decay)]
 
 
 def train_step(model: GLM, ids: Tensor, recipe: Recipe, step: int) -> dict[str, Tensor]:
@@ -128,7 +132,8 @@ def train_step(model: GLM, ids: Tensor, recipe: Recipe, step: int) -> dict[str, 
     total, count = losses.cross_entropy(model, output.hidden, targets)
     terms["loss"] = total / count
     if model.config.num_nextn_predict_layers:
-        total, count = losses.mtp(model, output, inputs, 1 if stage == "warmup" else recipe.mtp_depths)
+        drafting = losses.total_variation if late and recipe.late_drafts == "total_variation" else losses.mtp
+        total, count = drafting(model, output, inputs, 1 if stage == "warmup" else recipe.mtp_depths)
         terms["mtp"] = total / count
     if index:
         terms["kl"] = indexer_loss(model, output, tape, inputs.shape[1], sparse=stage == "sparse")
@@ -172,21 +177,20 @@ def train(
     model: GLM, text: np.ndarray, recipe: Recipe, log: Path | None = None, keep: Callable[[GLM], None] | None = None
 ) -> None:
     """Trains ``model`` in place. One JSON line every 20 steps to ``log``; ``keep`` is called every 500."""
-    adam = optimizer(model, recipe)
-    indexers = adam.param_groups[2]["params"]
-    backbone = adam.param_groups[0]["params"] + adam.param_groups[1]["params"]
+    movers, parts = optimizers(model, recipe), optim.groups(model)
     console, began = Console(stderr=True, highlight=False), time.perf_counter()
     for step, ids in enumerate(windows(text, recipe)):
-        for parameter in backbone:
+        for parameter in parts.backbone:
             parameter.requires_grad_(recipe.stage(step) != "warmup")
         rate, indexer_rate = recipe.rates(step)
-        for group, value in zip(adam.param_groups, (rate, rate, indexer_rate), strict=True):
-            group["lr"] = value
+        for group in (group for mover in movers for group in mover.param_groups):
+            group["lr"] = indexer_rate if group["indexer"] else rate
         terms = train_step(model, ids, recipe, step)
-        torch.nn.utils.clip_grad_norm_(backbone, 1.0)
-        torch.nn.utils.clip_grad_norm_(indexers, 1.0)  # apart, or a large KL would slow the backbone
-        adam.step()
-        adam.zero_grad()
+        torch.nn.utils.clip_grad_norm_(parts.backbone, 1.0)
+        torch.nn.utils.clip_grad_norm_(parts.indexers, 1.0)  # apart, or a large KL would slow the backbone
+        for mover in movers:
+            mover.step()
+            mover.zero_grad()
         if step % 20 == 0 or step == recipe.steps - 1:
             line = {"step": step, "stage": recipe.stage(step), "seconds": round(time.perf_counter() - began, 1)}
             line |= {name: round(float(term), 4) for name, term in terms.items()}

@@ -19,7 +19,7 @@ from nanoglm.errors import ConfigError, InputError
 from nanoglm.model import GLM, Attention, BatchStore, Tape
 from nanoglm.ops import Batch
 from nanoglm.train import trainer
-from nanoglm.train.trainer import Recipe, balance, optimizer, read_text, shared_indexers, train, train_step, windows
+from nanoglm.train.trainer import Recipe, balance, optimizers, read_text, shared_indexers, train, train_step, windows
 from nanoglm.weights import SHARED_INDEXERS, Checkpoint
 
 SENTENCE = (
@@ -125,7 +125,7 @@ def test_read_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_is_in_exactly_one_group(tied: bool) -> None:
     model = build(tie_word_embeddings=tied)
-    adam = optimizer(model, Recipe())
+    (adam,) = optimizers(model, Recipe())
     grouped = [id(p) for group in adam.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters()}
@@ -135,28 +135,45 @@ def test_every_parameter_is_in_exactly_one_group(tied: bool) -> None:
     assert all(n.endswith("norm.weight") for n in others)  # no decay on norms
     assert "model.layers.1.mlp.experts.gate_up_proj" in matrices and "model.layers.4.eh_proj.weight" in matrices
     assert [group["weight_decay"] for group in adam.param_groups] == [0.1, 0.0, 0.0]
+    movers = optimizers(model, Recipe(optimizer="muon"))
+    shared = [id(p) for mover in movers for group in mover.param_groups for p in group["params"]]
+    assert sorted(shared) == sorted(grouped)
+    assert {names[id(p)] for p in movers[0].param_groups[0]["params"]} == {
+        n for n in matrices if n.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))
+    }
 
 
 # ------------------------------------------------------------------------------- who moves when
-def test_warmup_leaves_the_backbone_bit_for_bit() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_warmup_leaves_the_backbone_bit_for_bit(optimizer: str) -> None:
     model = build()
     before = state(model)
-    train(model, TEXT, always("warmup"))
+    train(model, TEXT, always("warmup", optimizer=optimizer))
     assert moved(before, model) == {n for n in before if ".indexer." in n}
 
 
-def test_dense_stage_leaves_the_indexers_bit_for_bit() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_dense_stage_leaves_the_indexers_bit_for_bit(optimizer: str) -> None:
     model = build()
     before = state(model)
-    train(model, TEXT, always("dense"))
+    train(model, TEXT, always("dense", optimizer=optimizer))
     assert moved(before, model) == {n for n in before if ".indexer." not in n}  # the router bias included
 
 
-def test_sparse_stage_moves_all_but_the_balance_bias() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sparse_stage_moves_all_but_the_balance_bias(optimizer: str) -> None:
     model = build()
     before = state(model)
-    train(model, TEXT, always("sparse"))
+    train(model, TEXT, always("sparse", optimizer=optimizer))
     assert moved(before, model) == {n for n in before if not n.endswith("e_score_correction_bias")}
+
+
+def test_late_drafts_learn_what_verification_accepts() -> None:
+    model, ids = build(), next(windows(TEXT, QUICK))
+    late = always("dense", late=0.0, late_drafts="total_variation")
+    assert 0 < float(train_step(model, ids, late, 0)["mtp"]) < 1  # a share, no longer nats
+    early = always("dense", late=1.0, late_drafts="total_variation")
+    assert float(train_step(model, ids, early, 0)["mtp"]) > 4
 
 
 def test_indexers_rest_between_their_steps_of_the_sparse_stage() -> None:
