@@ -291,19 +291,43 @@ def train(
     seed: int = 0,
     optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> None:
-    """Train a preset on text, byte by byte: dense, indexer warm-up, sparse.
+    """Train a preset: dense, indexer warm-up, sparse.
 
     Args:
-        text: A UTF-8 file or a folder of .txt files.
+        text: A UTF-8 file or a folder of .txt files, read as bytes; or a folder that nanoglm data wrote.
         out: The checkpoint directory to write; train.jsonl beside it is the log.
-        preset: A preset of the byte vocabulary (tiny or nano).
+        preset: A preset's shape; of bytes those of the byte vocabulary (tiny or nano).
         steps: Optimiser steps of 4,096 tokens.
         seed: Of the weights and the data order.
         optimizer: adamw for all, or muon for the matrices of the layers.
     """
-    from nanoglm.train.trainer import Recipe, read_text, run
+    from nanoglm.train.trainer import Recipe, corpus, run
 
-    run(preset, read_text(text), Recipe(steps=steps, seed=seed, optimizer=optimizer), out)
+    tokens, tokenizer = corpus(text)
+    run(preset, tokens, Recipe(steps=steps, seed=seed, optimizer=optimizer), out, tokenizer)
+
+
+def data(
+    sources: tyro.conf.Positional[tuple[str, ...]],
+    out: Path,
+    tokenizer: str = "bytes",
+    val: float = 0.1,
+    field: str = "text",
+) -> None:
+    """Turn text, JSONL and Parquet into a folder of tokens to train on.
+
+    Args:
+        sources: Files, folders, or stdlib: the sources of Python's standard library, which need no download.
+        out: The folder to make.
+        tokenizer: bytes, bpe:SIZE (trained on the text; of the ids 36 are markup), or a tokenizer.json.
+        val: Share of the text, from its end, kept for validation.
+        field: Of JSONL objects and Parquet tables, where the text is.
+    """
+    from nanoglm.train.data import write
+
+    for name, split in write(sources, out, tokenizer, val, field).items():
+        each = split.bytes / max(1, split.tokens)
+        print(f"{name:6} {split.tokens:,} tokens, {split.documents:,} documents, {each:.2f} bytes a token")
 
 
 def bench(verb: Annotated[Verb, tyro.conf.arg(name="")]) -> None:
@@ -324,6 +348,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": verify_,
     "bench": bench,
     "doctor": doctor,
+    "data": data,
     "train": train,
 }
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from nanoglm.errors import CheckpointError, InputError
 
@@ -79,6 +79,28 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(_byte_backend())
 
 
+def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """A byte-level BPE of ``size`` ids, the last 36 of them GLM's added tokens in their order.
+
+    Raises:
+        InputError: fewer ids than bytes and added tokens, or texts too short for so many.
+    """
+    least = len(_ALPHABET) + len(ADDED_TOKENS)
+    if size < least:
+        raise InputError(f"vocabulary of {size} ids; expected at least {least}, bytes and markup")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(ADDED_TOKENS), initial_alphabet=list(_ALPHABET), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    if (found := backend.get_vocab_size() + len(ADDED_TOKENS)) != size:
+        raise InputError(f"texts give a vocabulary of {found} ids; expected more text for {size}")
+    backend.add_tokens([AddedToken(t, special=i < _SPECIAL, normalized=False) for i, t in enumerate(ADDED_TOKENS)])
+    return Tokenizer(backend)
+
+
 class Tokenizer:
     """What nanoglm needs of a tokenizer; wraps one of the ``tokenizers`` library.
 
@@ -98,6 +120,7 @@ class Tokenizer:
         self.is_bytes = _is_byte_tokenizer(backend)
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bytes: dict[int, bytes] = {}
+        self._markup: re.Pattern[str] | None = None  # made when it is first wanted
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text and of nothing else: no prefix, no end. Added tokens spelled in it become their ids.
@@ -105,11 +128,7 @@ class Tokenizer:
         Raises:
             InputError: the text holds half a surrogate pair, which no encoding can write.
         """
-        try:
-            text.encode()  # both ways below would fail on it, each in its own manner
-        except UnicodeEncodeError as error:
-            found = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
-            raise InputError(f"text holds the {found}; expected Unicode text") from None
+        _utf8(text)  # both ways below would fail on it, each in its own manner
         if not self.is_bytes:
             ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
             return ids
@@ -117,6 +136,19 @@ class Tokenizer:
         for i, part in enumerate(_ADDED.split(text)):  # text and added tokens in turn
             ids += [_ID_OF[part]] if i % 2 else part.encode()  # bytes are their own ids
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of the text alone: an added token spelled in it stays the text that it is. Raises as :meth:`encode`."""
+        if self.is_bytes:
+            return list(_utf8(text))
+        if self._markup is None:
+            names = sorted((t.content for t in self.backend.get_added_tokens_decoder().values()), key=len, reverse=True)
+            self._markup = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        ids, begin = list[int](), 0
+        for match in self._markup.finditer(text):  # cut behind its first character: no part of it is a token
+            ids += self.encode(text[begin : match.start() + 1])
+            begin = match.start() + 1
+        return ids + self.encode(text[begin:])
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of the ids. Bytes that are no UTF-8 become U+FFFD.
@@ -189,6 +221,14 @@ class TextStream:
     def flush(self) -> str:
         """Ends the stream: an unfinished character becomes U+FFFD. The stream can then be used anew."""
         return self._utf8.decode(b"", final=True)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        found = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        raise InputError(f"text holds the {found}; expected Unicode text") from None
 
 
 def _alphabet() -> tuple[str, ...]:

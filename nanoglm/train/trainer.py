@@ -1,6 +1,6 @@
 """A small trainer: dense, then indexer warm-up, then sparse under the pattern (training spec 4.1).
 
-One process, text as bytes. It exists to make the bundled default model and to show the
+One process. It exists to make the bundled default model and to show the
 stages in one file.
 """
 
@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanoglm.api import Model
-from nanoglm.chat.tokenizer import byte_tokenizer
+from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import FULL, GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.model import GLM, BatchStore, Output, Tape
 from nanoglm.model.moe import MoE
 from nanoglm.ops import Batch
 from nanoglm.train import losses, optim
+from nanoglm.train.data import Loader, Tokens
 from nanoglm.weights import SHARED_INDEXERS
 
 END_OF_TEXT = 256  # <|endoftext|> of the byte tokenizer
@@ -85,16 +86,21 @@ def read_text(path: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def windows(text: np.ndarray, recipe: Recipe) -> Iterator[Tensor]:
-    """One int64 [B, L + 1] tensor a step, from random places; the same for the same seed."""
-    rng = np.random.default_rng(recipe.seed)
+def corpus(path: Path) -> tuple[Tokens, Tokenizer]:
+    """What to train on: a dataset of ``nanoglm data`` with its tokenizer, or text as bytes."""
+    if (path / "dataset.json").is_file():
+        return Tokens(path), Tokenizer.from_file(path / "tokenizer.json")
+    return Tokens.of(read_text(path)), byte_tokenizer()
+
+
+def windows(text: Tokens, recipe: Recipe) -> Iterator[Tensor]:
+    """One int64 [B, L + 1] tensor a step; the same for the same seed."""
+    loaders: dict[int, Loader] = {}
     for step in range(recipe.steps):
         length = recipe.sparse_length if recipe.stage(step) == "sparse" else recipe.length
-        batch = recipe.batch * recipe.length // length
-        if len(text) <= length:
-            raise InputError(f"text holds {len(text)} tokens; expected more than one window of {length}")
-        starts = rng.integers(0, len(text) - length, batch)
-        yield torch.from_numpy(np.stack([text[s : s + length + 1] for s in starts]).astype(np.int64))
+        if length not in loaders:
+            loaders[length] = Loader(text, length, recipe.seed)
+        yield loaders[length].take(recipe.batch * recipe.length // length)
 
 
 def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -174,7 +180,7 @@ def balance(model: GLM, tape: Tape, rate: float) -> None:
 
 
 def train(
-    model: GLM, text: np.ndarray, recipe: Recipe, log: Path | None = None, keep: Callable[[GLM], None] | None = None
+    model: GLM, text: Tokens, recipe: Recipe, log: Path | None = None, keep: Callable[[GLM], None] | None = None
 ) -> None:
     """Trains ``model`` in place. One JSON line every 20 steps to ``log``; ``keep`` is called every 500."""
     movers, parts = optimizers(model, recipe), optim.groups(model)
@@ -202,7 +208,7 @@ def train(
             keep(model)
 
 
-def shared_indexers(model: GLM, text: np.ndarray, recipe: Recipe) -> dict[str, Tensor]:
+def shared_indexers(model: GLM, text: Tokens, recipe: Recipe) -> dict[str, Tensor]:
     """Indexers for the Shared layers, for comparison with all-Full: the backbone rests, each starts as
     its source's copy and learns its own layer's attention. Returns their tensors by name."""
     config = model.config.replace(indexer_types=(FULL,) * model.config.num_hidden_layers)
@@ -223,15 +229,20 @@ def shared_indexers(model: GLM, text: np.ndarray, recipe: Recipe) -> dict[str, T
     return {name: parameter.detach().to(torch.bfloat16) for name, parameter in wanted.items()}
 
 
-def run(preset: str, text: np.ndarray, recipe: Recipe, out: Path) -> None:
+def run(preset: str, text: Tokens, recipe: Recipe, out: Path, tokenizer: Tokenizer | None = None) -> None:
     """Trains a preset and writes its checkpoint directory, log and shared indexers into ``out``.
+
+    Args:
+        tokenizer: of the text, bytes if left out. The model gets its vocabulary, if that is larger than bytes.
 
     Raises:
         InputError: the preset's vocabulary is not the byte tokenizer's, the text is too short, or ``out``
             is not empty.
     """
-    config, tokenizer = GLMConfig.preset(preset), byte_tokenizer()
-    if config.vocab_size != tokenizer.vocab_size:
+    config, tokenizer = GLMConfig.preset(preset), tokenizer or byte_tokenizer()
+    if not tokenizer.is_bytes:
+        config = config.replace(vocab_size=tokenizer.vocab_size)
+    elif config.vocab_size != tokenizer.vocab_size:
         raise InputError(f"preset {preset} has vocabulary {config.vocab_size}; expected the byte tokenizer's 320")
     if recipe.steps < 1:
         raise InputError(f"steps is {recipe.steps}; expected at least 1")
