@@ -290,6 +290,8 @@ def train(
     steps: int = 2000,
     seed: int = 0,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    resume: bool = False,
+    save_every: int = 500,
 ) -> None:
     """Train a preset: dense, indexer warm-up, sparse.
 
@@ -300,11 +302,21 @@ def train(
         steps: Optimiser steps of 4,096 tokens.
         seed: Of the weights and the data order.
         optimizer: adamw for all, or muon for the matrices of the layers.
+        resume: Go on with the run that out holds, with the same options; the result is the same to the bit.
+        save_every: Steps between two savings of the run.
     """
     from nanoglm.train.trainer import Recipe, corpus, run
 
     tokens, tokenizer = corpus(text)
-    run(preset, tokens, Recipe(steps=steps, seed=seed, optimizer=optimizer), out, tokenizer)
+    run(
+        preset,
+        tokens,
+        Recipe(steps=steps, seed=seed, optimizer=optimizer),
+        out,
+        tokenizer,
+        resume=resume,
+        every=save_every,
+    )
 
 
 def data(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,9 +30,11 @@ from nanoglm.model import GLM, BatchStore, Output, Tape
 from nanoglm.model.moe import MoE
 from nanoglm.ops import Batch
 from nanoglm.train import losses, optim
+from nanoglm.train.checkpoint import NUMBERS, Progress, restore, write
 from nanoglm.train.data import Loader, Tokens
 from nanoglm.weights import SHARED_INDEXERS
 
+TRAINING = "training"  # of a run that is not finished, inside its directory
 END_OF_TEXT = 256  # <|endoftext|> of the byte tokenizer
 Stage = Literal["dense", "warmup", "sparse"]
 
@@ -93,14 +96,17 @@ def corpus(path: Path) -> tuple[Tokens, Tokenizer]:
     return Tokens.of(read_text(path)), byte_tokenizer()
 
 
-def windows(text: Tokens, recipe: Recipe) -> Iterator[Tensor]:
-    """One int64 [B, L + 1] tensor a step; the same for the same seed."""
+def windows(text: Tokens, recipe: Recipe, progress: Progress | None = None) -> Iterator[Tensor]:
+    """One int64 [B, L + 1] tensor a step; the same for the same seed. Goes on from ``progress`` and keeps it up."""
+    progress = progress or Progress()
     loaders: dict[int, Loader] = {}
-    for step in range(recipe.steps):
+    for step in range(progress.step, recipe.steps):
         length = recipe.sparse_length if recipe.stage(step) == "sparse" else recipe.length
         if length not in loaders:
-            loaders[length] = Loader(text, length, recipe.seed)
-        yield loaders[length].take(recipe.batch * recipe.length // length)
+            loaders[length] = Loader(text, length, recipe.seed, **progress.loaders.get(length, {}))
+        ids = loaders[length].take(recipe.batch * recipe.length // length)
+        progress.step, progress.loaders[length] = step + 1, loaders[length].state_dict()
+        yield ids
 
 
 def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -180,12 +186,29 @@ def balance(model: GLM, tape: Tape, rate: float) -> None:
 
 
 def train(
-    model: GLM, text: Tokens, recipe: Recipe, log: Path | None = None, keep: Callable[[GLM], None] | None = None
+    model: GLM, text: Tokens, recipe: Recipe, log: Path | None = None, checkpoint: Path | None = None, every: int = 500
 ) -> None:
-    """Trains ``model`` in place. One JSON line every 20 steps to ``log``; ``keep`` is called every 500."""
+    """Trains ``model`` in place. One JSON line every 20 steps to ``log``.
+
+    Args:
+        checkpoint: a directory to keep the run in, before the first step, every ``every`` steps and at the end. If it
+            holds this run already, the run goes on from there, bit by bit as if it had not stopped (on the same
+            machine with as many threads).
+
+    Raises:
+        InputError, CheckpointError: the checkpoint cannot be written, or is of another run.
+    """
     movers, parts = optimizers(model, recipe), optim.groups(model)
+    progress = Progress()
+    if checkpoint is not None:
+        if (checkpoint / NUMBERS).is_file():
+            progress = restore(checkpoint, model, movers, recipe)
+            _forget(log, progress.step)
+        else:  # an unwritable directory is found now, not after an hour
+            write(checkpoint, model, movers, progress, recipe)
     console, began = Console(stderr=True, highlight=False), time.perf_counter()
-    for step, ids in enumerate(windows(text, recipe)):
+    for ids in windows(text, recipe, progress):
+        step = progress.step - 1
         for parameter in parts.backbone:
             parameter.requires_grad_(recipe.stage(step) != "warmup")
         rate, indexer_rate = recipe.rates(step)
@@ -204,8 +227,16 @@ def train(
             if log is not None:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-        if keep is not None and step % 500 == 499:
-            keep(model)
+        if checkpoint is not None and (progress.step % every == 0 or progress.step == recipe.steps):
+            write(checkpoint, model, movers, progress, recipe)
+
+
+def _forget(log: Path | None, step: int) -> None:
+    """Takes the lines of steps that are done again out of a log."""
+    if log is not None and log.is_file():
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        log.write_text("".join(kept), encoding="utf-8")
 
 
 def shared_indexers(model: GLM, text: Tokens, recipe: Recipe) -> dict[str, Tensor]:
@@ -229,15 +260,21 @@ def shared_indexers(model: GLM, text: Tokens, recipe: Recipe) -> dict[str, Tenso
     return {name: parameter.detach().to(torch.bfloat16) for name, parameter in wanted.items()}
 
 
-def run(preset: str, text: Tokens, recipe: Recipe, out: Path, tokenizer: Tokenizer | None = None) -> None:
+def run(
+    preset: str, text: Tokens, recipe: Recipe, out: Path, tokenizer: Tokenizer | None = None, *, resume: bool = False,
+    every: int = 500,
+) -> None:  # fmt: skip
     """Trains a preset and writes its checkpoint directory, log and shared indexers into ``out``.
+
+    Until the end the run is kept in ``out/training``, every ``every`` steps.
 
     Args:
         tokenizer: of the text, bytes if left out. The model gets its vocabulary, if that is larger than bytes.
+        resume: go on with the run that ``out`` holds.
 
     Raises:
-        InputError: the preset's vocabulary is not the byte tokenizer's, the text is too short, or ``out``
-            is not empty.
+        InputError: the preset's vocabulary is not the byte tokenizer's, the text is too short, ``out`` is not empty or,
+            to resume, holds no run or that of another recipe.
     """
     config, tokenizer = GLMConfig.preset(preset), tokenizer or byte_tokenizer()
     if not tokenizer.is_bytes:
@@ -251,19 +288,18 @@ def run(preset: str, text: Tokens, recipe: Recipe, out: Path, tokenizer: Tokeniz
     longest = max(recipe.length, recipe.sparse_length)
     if len(text) <= longest:  # found now, not when the last stage begins
         raise InputError(f"text holds {len(text)} tokens; expected more than one window of {longest}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    training = out / TRAINING
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
+    if resume and not (training / NUMBERS).is_file():
+        raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
     model = GLM(config).initialise(recipe.seed)
-
-    def keep(module: GLM) -> None:
-        Model(module, tokenizer).save(out)
-
-    keep(model)  # an unwritable directory is found now, not after an hour
-    train(model, text, recipe, out / "train.jsonl", keep)
-    keep(model)
+    train(model, text, recipe, out / "train.jsonl", training, every)
+    Model(model, tokenizer).save(out)
     extra = shared_indexers(model, text, recipe)
     if extra:
         partial = out / f".{SHARED_INDEXERS}"
         save_file(extra, partial, metadata={"format": "pt"})
         partial.chmod((out / "config.json").stat().st_mode)  # safetensors writes 0600
         os.replace(partial, out / SHARED_INDEXERS)
+    shutil.rmtree(training)

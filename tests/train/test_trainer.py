@@ -348,13 +348,6 @@ def test_training_is_repeatable() -> None:
     assert moved(state(states[0]), states[2])
 
 
-def test_checkpoints_are_kept_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = []
-    monkeypatch.setattr(trainer, "train_step", lambda *_: {"loss": torch.zeros(())})
-    train(build(), TEXT, always("dense", steps=1001), keep=kept.append)
-    assert len(kept) == 2  # after 500 and 1000 steps; the caller keeps the last
-
-
 # ------------------------------------------------------------------------------- shared indexers, whole runs
 def test_shared_indexers_are_for_the_shared_layers_and_move_nothing() -> None:
     model = build()

@@ -1,0 +1,92 @@
+"""What a run needs to go on as if it had never stopped: weights in fp32, optimisers, loaders, step.
+
+A checkpoint is a model directory in Hugging Face's format, loadable as any other, with two files more: the optimisers'
+tensors by parameter and name, and the numbers (``training.json``). It is replaced whole: a kill leaves the old one or
+the new.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanoglm.errors import CheckpointError, InputError
+from nanoglm.model import GLM
+from nanoglm.weights import Checkpoint, save
+
+OPTIMIZERS, NUMBERS = "optimizers.safetensors", "training.json"
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps done, and of each loader (by length of window) its state."""
+
+    step: int = 0
+    loaders: dict[int, dict[str, int]] = field(default_factory=dict)
+
+
+def write(
+    directory: Path, model: GLM, movers: Iterable[torch.optim.Optimizer], progress: Progress, recipe: object
+) -> None:
+    """Raises InputError if the directory cannot be written."""
+    assert is_dataclass(recipe) and not isinstance(recipe, type)
+
+    def beside(folder: Path) -> None:
+        save_file(_tensors(model, movers), folder / OPTIMIZERS, metadata={"format": "pt"})
+        (folder / NUMBERS).write_text(json.dumps(asdict(progress) | {"recipe": asdict(recipe)}, indent=1) + "\n")
+
+    save(model, directory, dtype=torch.float32, layout="stacked", beside=beside)
+
+
+def restore(directory: Path, model: GLM, movers: Iterable[torch.optim.Optimizer], recipe: object) -> Progress:
+    """Puts weights and optimisers back as they were and says how far the run is.
+
+    Raises:
+        InputError: the run had another recipe. CheckpointError: no such checkpoint, a damaged one or another model's.
+    """
+    assert is_dataclass(recipe) and not isinstance(recipe, type)
+    try:
+        numbers = json.loads((directory / NUMBERS).read_text())
+        progress = Progress(int(numbers["step"]), {int(n): state for n, state in numbers["loaders"].items()})
+        saved: Mapping[str, Any] = numbers["recipe"]
+        tensors = load_file(directory / OPTIMIZERS)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {directory} is damaged: {error}") from None
+    for name, value in asdict(recipe).items():
+        if saved.get(name) != value:
+            raise InputError(f"{name} is {value}; expected {saved.get(name)}, with which the run began")
+    loaded, _ = Checkpoint(directory).load()
+    if loaded.config.replace(extra=model.config.extra) != model.config:  # but for what other programs read
+        raise CheckpointError(f"checkpoint {directory} holds another model; expected the one that the run began with")
+    model.load_state_dict(loaded.state_dict())
+    by_name = dict(model.named_parameters())
+    movers = list(movers)
+    for mover in movers:
+        mover.state.clear()
+    owner = {id(p): mover for mover in movers for group in mover.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        if name not in by_name:
+            raise CheckpointError(f"checkpoint {directory} has optimiser state of {name}, which the model lacks")
+        owner[id(by_name[name])].state[by_name[name]][kind] = value
+    return progress
+
+
+def _tensors(model: GLM, movers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}:{kind}": value.detach().clone()  # safetensors refuses what shares memory
+        for mover in movers
+        for p, state in mover.state.items()
+        for kind, value in state.items()
+    }
