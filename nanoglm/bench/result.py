@@ -129,9 +129,12 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    pairs = (line.partition(":")[::2] for line in reversed(lines))
+    about = {name.strip(): value.strip() for name, value in pairs}  # of the first processor
+    name, numbers = about.get("model name"), (about.get("cpu family"), about.get("model"))
+    kind = f"{name} (family {numbers[0]}, model {numbers[1]})" if name and all(numbers) else name
     return {
-        "cpu": model or platform.processor() or platform.machine(),
+        "cpu": kind or platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "kernels": best.name if best else "none (PyTorch)",
         "torch": torch.__version__,
