@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three instruction sets, each several times slower than without
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 def test_no_kernel_reads_or_writes_beyond_its_tensors(tmp_path: Path) -> None:
     build = "import sys, runpy, pathlib; runpy.run_path(sys.argv[1])['build'](pathlib.Path(sys.argv[2]))"
