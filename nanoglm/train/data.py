@@ -231,8 +231,7 @@ class Tokens:
     def of(cls, ids: np.ndarray) -> Tokens:
         """Of one document in memory."""
         tokens = cls.__new__(cls)
-        tokens.dtype, tokens.shards, tokens.ends = ids.dtype, [ids], np.array([len(ids)])
-        tokens.starts, tokens.vocab_size, tokens.bytes = np.array([0, len(ids)]), 0, 0
+        tokens.dtype, tokens.shards, tokens.starts = ids.dtype, [ids], np.array([0, len(ids)])
         return tokens
 
     def __len__(self) -> int:
@@ -280,10 +279,8 @@ class Loader:
         return torch.from_numpy(np.stack(windows).astype(np.int64))
 
     def state_dict(self) -> dict[str, int]:
+        """What to make a loader with that goes on from here."""
         return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
 
     def _order(self) -> tuple[int, np.ndarray]:
         if self._drawn is None or self._drawn[0] != self.epoch:

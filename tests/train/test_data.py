@@ -173,6 +173,5 @@ def test_a_loader_goes_on_where_it_stopped() -> None:
     for stop in range(8):
         first = Loader(tokens, 16, seed=3)
         found = [first.take(5).tolist() for _ in range(stop)]
-        second = Loader(tokens, 16, seed=3)
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        second = Loader(tokens, 16, seed=3, **json.loads(json.dumps(first.state_dict())))
         assert found + [second.take(5).tolist() for _ in range(8 - stop)] == expected
