@@ -87,6 +87,9 @@ def test_the_end_of_the_text_is_for_validation(tmp_path: Path) -> None:
     train, val = (Tokens(tmp_path / "out", split) for split in data.SPLITS)
     assert bytes(t for t in train.read(0, len(train)).tolist() if t < 256) == b"0123456789abcde"
     assert bytes(t for t in val.read(0, len(val)).tolist() if t < 256) == b"fghij"
+    data.write([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "more", val=0.75)
+    val = Tokens(tmp_path / "more", "val")  # whole documents behind the cut one
+    assert val.read(0, len(val)).tolist() == [*b"56789", 256, *b"abcdefghij", 256]
 
 
 def test_a_trained_bpe_writes_fewer_tokens(tmp_path: Path) -> None:
