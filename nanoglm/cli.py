@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.ops import count_work, cpu
+from nanoglm.train.recipe import Recipe
 from nanoglm.verify import Receipt, verify
 from nanoglm.weights import inspect as inspection
 from nanoglm.weights.slice import slice_checkpoint
@@ -283,40 +285,50 @@ def doctor() -> None:
     _print_lines(lines)
 
 
-def train(
-    text: Path,
-    out: Path,
-    preset: str = "nano",
-    steps: int = 2000,
-    seed: int = 0,
-    optimizer: Literal["adamw", "muon"] = "adamw",
-    resume: bool = False,
-    save_every: int = 500,
-) -> None:
-    """Train a preset: dense, indexer warm-up, sparse.
+def _train(default: Recipe) -> Callable[..., None]:
+    """The command, with the recipe whose fields it may override."""
 
-    Args:
-        text: A UTF-8 file or a folder of .txt files, read as bytes; or a folder that nanoglm data wrote.
-        out: The checkpoint directory to write; train.jsonl beside it is the log.
-        preset: A preset's shape; of bytes those of the byte vocabulary (tiny or nano).
-        steps: Optimiser steps of 4,096 tokens.
-        seed: Of the weights and the data order.
-        optimizer: adamw for all, or muon for the matrices of the layers.
-        resume: Go on with the run that out holds, with the same options; the result is the same to the bit.
-        save_every: Steps between two savings of the run.
-    """
-    from nanoglm.train.trainer import Recipe, corpus, run
+    def train(
+        text: Path,
+        out: Path,
+        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
+        val: float = 0.1,
+        resume: bool = False,
+        save_every: int = 500,
+        validate_every: int = 200,
+    ) -> None:
+        """Train a model: by a recipe (train RECIPE.py ...) or in the usual stages: dense, indexer warm-up, sparse.
 
-    tokens, tokenizer = corpus(text)
-    run(
-        preset,
-        tokens,
-        Recipe(steps=steps, seed=seed, optimizer=optimizer),
-        out,
-        tokenizer,
-        resume=resume,
-        every=save_every,
-    )
+        Args:
+            text: A UTF-8 file or a folder of .txt files, read as bytes; or a folder that nanoglm data wrote.
+            out: The checkpoint directory to write; train.jsonl beside it is the log.
+            recipe: What is done and when; each field is an option.
+            val: Share of the text, from its end, kept for validation; a dataset has its own.
+            resume: Go on with the run that out holds, with the same options; the result is the same to the bit.
+            save_every: Steps between two savings of the run.
+            validate_every: Steps between two validations.
+        """
+        from nanoglm.train.run import corpus, run
+
+        tokens, held, tokenizer = corpus(text, val)
+        run(
+            tokens, held, recipe, out, tokenizer,
+            resume=resume, save_every=save_every, validate_every=validate_every,
+        )  # fmt: skip
+
+    return train
+
+
+def _recipe(path: Path) -> Recipe:
+    """What the function ``recipe`` of a Python file returns."""
+    try:
+        function = runpy.run_path(str(path)).get("recipe")
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
+    found = function() if callable(function) else None
+    if not isinstance(found, Recipe):
+        raise InputError(f"recipe {path} has no function recipe() that returns a Recipe; expected one")
+    return found
 
 
 def data(
@@ -361,14 +373,17 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "doctor": doctor,
     "data": data,
-    "train": train,
+    "train": _train(Recipe()),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake is one sentence on standard error and exit code 2."""
+    arguments, commands = list(sys.argv[1:] if arguments is None else arguments), COMMANDS
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="nanoglm", args=arguments, description=__doc__)
+        if len(arguments) > 1 and arguments[0] == "train" and arguments[1].endswith(".py"):
+            commands = COMMANDS | {"train": _train(_recipe(Path(arguments.pop(1))))}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="nanoglm", args=arguments, description=__doc__)
     except NanoglmError as error:
         print(f"nanoglm: {error}", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from nanoglm.bench.cost import Point, fit, predict, work
-from nanoglm.bench.ops import INDEXER, SQUARE, attending, gemm_name, pairs, products, scoring
+from nanoglm.bench.ops import INDEXER, SQUARE, Case, attending, gemm_name, pairs, products, scoring
 from nanoglm.bench.result import Result, Row
 from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, make, random_ids
 from nanoglm.bench.timing import Parts, Progress, Sample, check_lengths, check_rounds, interleave, parts_of, peak_memory
@@ -189,15 +189,24 @@ def _limits(
         "rest": rest * length / queries,
     }
 
-    def rate(kind: str) -> float:  # of plain products of that dtype, per second
-        names = [gemm_name(kind, s) for s in (SQUARE, *INDEXER.values()) if gemm_name(kind, s) in cases]
-        return max((cases[name].work / seconds[name] for name in names), default=float("nan"))
+    rates = {kind: product_rate(kind, cases, seconds) for kind in (dtype, index_dtype)}
+    return limits, gemm_bounds(subject, length, rates[dtype], rates[index_dtype])
 
+
+def product_rate(dtype: str, cases: dict[str, Case], seconds: dict[str, float]) -> float:
+    """Operations a second of the fastest plain product of a dtype; nan where this torch has none."""
+    names = [gemm_name(dtype, s) for s in (SQUARE, *INDEXER.values()) if gemm_name(dtype, s) in cases]
+    return max((cases[name].work / seconds[name] for name in names), default=float("nan"))
+
+
+def gemm_bounds(subject: Subject, length: int, rate: float, index_rate: float) -> dict[str, float]:
+    """Seconds by part if every operation of a prefill ran at the rate of plain products, and nothing else took time."""
+    config = subject.config
+    scored, attended = amount(config, length)
     row = 2.0 * config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
-    bounds = {
-        "indexer": scored * 2.0 * heads * config.index_head_dim / rate(index_dtype),
-        "attention": attended * row / rate(dtype),
+    return {
+        "indexer": scored * 2.0 * config.index_n_heads * config.index_head_dim / index_rate,
+        "attention": attended * row / rate,
         # Without the last layer, which works at one token.
-        "rest": 2.0 * subject.active_parameters() * (1 - 1 / config.num_hidden_layers) * length / rate(dtype),
+        "rest": 2.0 * subject.active_parameters() * (1 - 1 / config.num_hidden_layers) * length / rate,
     }
-    return limits, bounds

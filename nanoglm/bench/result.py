@@ -107,6 +107,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("decode ms", "decode_ms", ",.4g", "milliseconds a token after it, median"),
         Column("peak GB", "peak_gb", ",.2f", "most memory a process ever held, median"),
         Column("times ours", "times", ".1f", "prefill seconds over ours with the same memory setting"),
+        Column("times bound", "most", ".1f", "over all our operations at the rate of plain bf16 products, in this run"),
     ),
     "decode": (
         Column("tokens", "length", ",", "tokens in the cache"),

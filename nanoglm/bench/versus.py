@@ -9,10 +9,11 @@ import sys
 from importlib.util import find_spec
 from statistics import median
 
-from nanoglm.bench.prefill import shape
+from nanoglm.bench.ops import products
+from nanoglm.bench.prefill import gemm_bounds, product_rate, shape
 from nanoglm.bench.result import Result, Row
-from nanoglm.bench.shapes import bench_nano
-from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds
+from nanoglm.bench.shapes import Subject, bench_nano
+from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds, interleave
 from nanoglm.errors import InputError
 
 MEMORY = {"default": {}, "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}  # torch's own switch
@@ -40,15 +41,19 @@ def versus(
             progress(f"{engine}, {length:,} tokens, {memory}", (turn + i / len(keys)) / rounds)
             runs.setdefault(key, []).append(_run(engine, length, tokens, MEMORY[memory]))
     result = Result("peer", rounds, shape(bench_nano(8), "bf16", None) | {"layers": "all-Full"})
+    subject, cases = Subject(bench_nano(8), 64), {case.name: case for case in products(1, result.notes)}
+    timed = interleave({name: case.run for name, case in cases.items()}, rounds, progress)
+    rate = product_rate("bf16", cases, {name: sample.median for name, sample in timed.items()})
     result.rows["peer"] = table = []
     for (length, memory, engine), found in runs.items():
         prefill = Sample.of([row["seconds"] for row in found])
         peaks = [row["peak_gb"] for row in found if row["peak_gb"] is not None]
+        bound = sum(gemm_bounds(subject, length, rate, rate).values())
+        ours = Sample.of([row["seconds"] for row in runs[length, memory, engines[0]]]).median
         table.append({
             "engine": engine, "memory": memory, "length": length, "seconds": prefill.median, "low": prefill.low,
             "high": prefill.high, "decode_ms": median(row["decode_ms"] for row in found),
-            "peak_gb": median(peaks) if peaks else None,
-            "times": prefill.median / Sample.of([row["seconds"] for row in runs[length, memory, engines[0]]]).median,
+            "peak_gb": median(peaks) if peaks else None, "times": prefill.median / ours, "most": prefill.median / bound,
         })  # fmt: skip
     return result
 

@@ -33,7 +33,7 @@ class DecoderLayer(nn.Module):
         b_TD = self.post_attention_layernorm(x_TD)
         if not isinstance(self.mlp, MoE):
             return x_TD + self.mlp(b_TD), selection
-        y_TD, ids_Tk = self.mlp(b_TD, step.routes[self.layer] if step.routes is not None else None)
+        y_TD, ids_Tk, scores_TE = self.mlp(b_TD, step.routes[self.layer] if step.routes is not None else None)
         if step.tape is not None:
-            step.tape.experts[self.layer] = ids_Tk
+            step.tape.experts[self.layer], step.tape.scores[self.layer] = ids_Tk, scores_TE
         return x_TD + y_TD, selection

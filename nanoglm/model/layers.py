@@ -54,8 +54,8 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x_TD.float(), weight.shape, weight, bias, self.eps).to(x_TD.dtype)
+        weight, bias = ops.wide(self.weight), ops.wide(self.bias)
+        return F.layer_norm(ops.wide(x_TD), weight.shape, weight, bias, self.eps).to(x_TD.dtype)
 
 
 @dataclass(frozen=True)

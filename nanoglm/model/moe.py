@@ -29,15 +29,16 @@ class Router(Linear):
         bias = torch.empty(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias)
 
-    def route(self, x_TD: Tensor, ids_Tk: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns expert ids int64 [T, k] and weights fp32 [T, k]; ``ids_Tk`` replays a recorded choice."""
+    def route(self, x_TD: Tensor, ids_Tk: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns expert ids int64 [T, k], weights fp32 [T, k] and all scores fp32 [T, E]; ``ids_Tk`` replays a
+        recorded choice."""
         scores_TE = ops.sigmoid(self.forward_fp32(x_TD))
         if ids_Tk is None:
             ids_Tk = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         weights_Tk = scores_TE.gather(-1, ids_Tk)  # without the bias: it is for choice only
         if self.normalise:
             weights_Tk = weights_Tk / (weights_Tk.sum(-1, keepdim=True) + 1e-20)
-        return ids_Tk, weights_Tk * self.scale
+        return ids_Tk, weights_Tk * self.scale, scores_TE
 
     def _choose(self, choice_TE: Tensor) -> Tensor:
         """The k best experts of the best groups (with one group, of all)."""
@@ -73,10 +74,10 @@ class MoE(nn.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, width) if width else None
 
-    def forward(self, x_TD: Tensor, ids_Tk: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns [T, D] and the chosen experts int64 [T, k] (the given ones, if any)."""
-        ids_Tk, weights_Tk = self.gate.route(x_TD, ids_Tk)
+    def forward(self, x_TD: Tensor, ids_Tk: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns [T, D], the chosen experts int64 [T, k] (the given ones, if any) and the router's scores [T, E]."""
+        ids_Tk, weights_Tk, scores_TE = self.gate.route(x_TD, ids_Tk)
         y_TD = self.experts(x_TD, ids_Tk, weights_Tk)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        return y_TD, ids_Tk
+        return y_TD, ids_Tk, scores_TE

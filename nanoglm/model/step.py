@@ -26,13 +26,14 @@ Attention = Literal["sparse", "masked", "dense"]
 
 @dataclass
 class Tape:
-    """What training reads from a pass: per layer the experts chosen and, where ``indexers`` is set,
-    the indexer's inputs and the teacher's queries and keys (expanded forms only, detached)."""
+    """What training reads from a pass: per layer the experts chosen, the router's scores and, where ``indexers`` is
+    set, the indexer's inputs and the teacher's queries and keys (expanded forms only, detached)."""
 
     indexers: bool = True
     indexer: dict[int, IndexerInputs] = field(default_factory=dict)
     attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     experts: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from nanoglm.errors import InputError
 from nanoglm.ops import cpu, torch_tiled
 from nanoglm.ops.batch import Batch
 from nanoglm.ops.cpu import quantise
-from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu
+from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu, wide
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
     "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "experts_int8", "headwise",
     "index_append", "index_pool", "linear", "linear_fp32", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid",
-    "silu", "sparse_attention", "top",
+    "silu", "sparse_attention", "top", "wide",
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """The same with exact products, sums and result in fp32 whatever the dtypes."""
     lib = cpu.direct(x, weight)
-    return lib.linear(x, weight, torch.float32) if lib else torch_tiled.linear(x.float(), weight.float())
+    return lib.linear(x, weight, torch.float32) if lib else torch_tiled.linear(wide(x), wide(weight))
 
 
 def headwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ GATHER_ELEMENTS = 1 << 21  # attention gathers at most this many latent values a
 _LOWEST = torch.iinfo(torch.int64).min
 
 
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or as it is if wider: sums and functions are never taken in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] with weight [out, in] -> [T, out]; a row's bits do not depend on T."""
     rows = x.shape[0]
@@ -58,22 +63,22 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x) in fp32, cast once."""
-    wide = x.float()
-    return (wide * sigmoid(wide)).to(x.dtype)
+    x_wide = wide(x)
+    return (x_wide * sigmoid(x_wide)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w * x / sqrt(mean(x²) + eps); statistics and product in fp32, one cast."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * weight.float()).to(x.dtype)
+    x_wide = wide(x)
+    x_wide = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    return (x_wide * wide(weight)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (x_2i, x_2i+1) of x [T, R] or [T, H, R] turned by the angles of cos and sin [T, R / 2]."""
     if x.ndim == 3:
         cos, sin = cos[:, None], sin[:, None]
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
 
 
@@ -88,10 +93,10 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def sort_keys(scores: Tensor, positions: Tensor) -> Tensor:
     """The total tie rule as one int64: higher score first, -0.0 = +0.0, then lower position.
 
-    scores fp32, positions int64, broadcastable. Monotone bits of the score stand above the
-    inverted position, so all keys of a row differ and any top-k is deterministic.
+    scores fp32 (wider ones are rounded to it), positions int64, broadcastable. Monotone bits of the
+    score stand above the inverted position, so all keys of a row differ and any top-k is deterministic.
     """
-    bits = (scores + 0.0).view(torch.int32)
+    bits = (scores.float() + 0.0).view(torch.int32)
     monotone = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (monotone.long() << 32) + (0xFFFFFFFF - positions)
 
@@ -127,7 +132,7 @@ def _best_keys(q: Tensor, weights: Tensor, keys: Tensor, pages: Tensor, page_siz
     rows, heads, dim = q.shape
     padding = -rows % (ROW_MULTIPLE // math.gcd(ROW_MULTIPLE, heads))  # rows * heads GEMM rows
     q = F.pad(q.float(), (0, 0, 0, 0, 0, padding)).reshape(-1, dim)
-    weights = F.pad(weights, (0, 0, 0, padding))
+    weights = F.pad(weights.float(), (0, 0, 0, padding))
     at = torch.arange(first, first + rows, device=q.device)[:, None]
     best = torch.full((rows, k), _LOWEST, dtype=torch.int64, device=q.device)
     stop = first + rows
@@ -307,7 +312,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
         if slots.numel():
             gate, up = linear(x[slots // k], gate_up[expert]).chunk(2, -1)
             results[slots] = linear(silu(gate) * up, down[expert])
-    return (results.view(*ids.shape, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+    return (wide(results.view(*ids.shape, -1)) * weights[..., None]).sum(1).to(x.dtype)
 
 
 def experts_int8(

@@ -27,10 +27,11 @@ OPTIMIZERS, NUMBERS = "optimizers.safetensors", "training.json"
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, and of each loader (by length of window) its state."""
+    """How far a run is: steps done, seconds they took, and of each source of samples its state."""
 
     step: int = 0
-    loaders: dict[int, dict[str, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def write(
@@ -55,18 +56,19 @@ def restore(directory: Path, model: GLM, movers: Iterable[torch.optim.Optimizer]
     assert is_dataclass(recipe) and not isinstance(recipe, type)
     try:
         numbers = json.loads((directory / NUMBERS).read_text())
-        progress = Progress(int(numbers["step"]), {int(n): state for n, state in numbers["loaders"].items()})
+        progress = Progress(int(numbers["step"]), float(numbers["seconds"]), dict(numbers["sources"]))
         saved: Mapping[str, Any] = numbers["recipe"]
         tensors = load_file(directory / OPTIMIZERS)
     except OSError as error:
         raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged: {error}") from None
-    for name, value in asdict(recipe).items():
+    for name, value in json.loads(json.dumps(asdict(recipe))).items():  # tuples are lists there
         if saved.get(name) != value:
             raise InputError(f"{name} is {value}; expected {saved.get(name)}, with which the run began")
     loaded, _ = Checkpoint(directory).load()
-    if loaded.config.replace(extra=model.config.extra) != model.config:  # but for what other programs read
+    own = model.config
+    if loaded.config.replace(extra=own.extra, rope_theta=own.rope_theta) != own:  # a stage may set another base
         raise CheckpointError(f"checkpoint {directory} holds another model; expected the one that the run began with")
     model.load_state_dict(loaded.state_dict())
     by_name = dict(model.named_parameters())

@@ -12,10 +12,10 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ from torch import Tensor
 
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from nanoglm.errors import InputError
+from nanoglm.ops import Batch
 
 STDLIB = "stdlib"  # a source that every machine has: the sources of Python's standard library (PSF licence)
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 SHARD_TOKENS = 1 << 28
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
+IGNORE = -100  # the target of a token that is not learnt
 
 
 # ------------------------------------------------------------------------------- sources
@@ -229,10 +231,16 @@ class Tokens:
 
     @classmethod
     def of(cls, ids: np.ndarray) -> Tokens:
-        """Of one document in memory."""
+        """Of the byte tokenizer's ids in memory."""
         tokens = cls.__new__(cls)
         tokens.dtype, tokens.shards, tokens.starts = ids.dtype, [ids], np.array([0, len(ids)])
+        tokens.bytes = int((ids < 256).sum())
         return tokens
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean over the split; the ends of documents are tokens without a byte."""
+        return self.bytes / len(self)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -289,3 +297,72 @@ class Loader:
             offset = int(rng.integers(min(self.length, spare - self.length + 1)))
             self._drawn = self.epoch, offset, rng.permutation((spare - offset) // self.length)
         return self._drawn[1], self._drawn[2]
+
+
+# ------------------------------------------------------------------------------- samples
+@dataclass(frozen=True)
+class Sample:
+    """Whole sequences to learn from, packed one after another.
+
+    Attributes:
+        ids: int64 [T]. targets: int64 [T], the token that follows each, or -100 where it is not learnt.
+        counts: tokens of each sequence.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, windows: Tensor) -> Sample:
+        """From int64 [B, L + 1]: B sequences of L tokens, each token but the first a target."""
+        return cls(windows[:, :-1].flatten(), windows[:, 1:].flatten(), (windows.shape[1] - 1,) * len(windows))
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The geometry that the model asks for."""
+        return Batch.contiguous(self.counts, self.ids.device)
+
+    def split(self, tokens: int | None) -> list[Sample]:
+        """Its sequences in parts of at most so many tokens (one sequence at least); None: one part."""
+        parts: list[list[int]] = [[]]
+        for n in self.counts:
+            if tokens is not None and parts[-1] and sum(parts[-1]) + n > tokens:
+                parts.append([])
+            parts[-1].append(n)
+        sizes = [sum(part) for part in parts]
+        pieces = zip(self.ids.split(sizes), self.targets.split(sizes), parts, strict=True)
+        return [Sample(ids, targets, tuple(part)) for ids, targets, part in pieces]
+
+
+class Source(Protocol):
+    """Where a stage's samples come from. Its state is plain JSON values."""
+
+    def take(self, length: int, count: int) -> Sample:
+        """The next ``count`` rows of ``length`` tokens."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on from here."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Windows:
+    """A :class:`Source` of windows of a text, in an order of its own for each length."""
+
+    def __init__(self, tokens: Tokens, seed: int = 0) -> None:
+        self.tokens, self.seed = tokens, seed
+        self.loaders: dict[int, Loader] = {}
+
+    def take(self, length: int, count: int) -> Sample:
+        if length not in self.loaders:
+            self.loaders[length] = Loader(self.tokens, length, self.seed)
+        return Sample.of(self.loaders[length].take(count))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(length): loader.state_dict() for length, loader in self.loaders.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaders = {int(n): Loader(self.tokens, int(n), self.seed, **at) for n, at in state.items()}

@@ -12,61 +12,99 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoglm import ops
 from nanoglm.model import GLM, Output
 from nanoglm.model.indexer import IndexerInputs
+from nanoglm.train.data import IGNORE, Sample
 
-IGNORE = -100
 CHUNK_ELEMENTS = 1 << 24  # of scores held at once
 
 
 def cross_entropy(model: GLM, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, int]:
     """Next-token loss in nats; targets of -100 count nothing."""
-    logits = model.logits(hidden_TD).float()
+    logits = ops.wide(model.logits(hidden_TD))
     return F.cross_entropy(logits, targets_T, ignore_index=IGNORE, reduction="sum"), int((targets_T >= 0).sum())
 
 
-def drafts(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> Iterator[Tensor]:
+def drafts(model: GLM, output: Output, sample: Sample, depths: int) -> Iterator[Tensor]:
     """Hidden states [T, D] of each use of the MTP layer, with the keys and Selection of step 0 as in decoding.
 
     Row t of depth j stands at position t + j, reads token t + 1 + j and predicts token t + 2 + j; rows whose tokens
-    lie beyond the sequence hold nothing of use.
+    lie beyond the sequence read token 0 and hold nothing of use.
     """
     hidden, selection = output.hidden, None
     for depth in range(depths):
-        following = F.pad(ids_BL[:, 1 + depth :], (0, 1 + depth)).flatten()
+        following = _ahead(sample, sample.ids, 1 + depth, 0)
         hidden, selection = model.draft(following, hidden, output.step, depth=depth, selection=selection)
         yield hidden
 
 
-def mtp(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> tuple[Tensor, int]:
+def draft_targets(sample: Sample, depths: int) -> Tensor:
+    """What row t of each depth j is to predict, int64 [depths, T]: token t + 2 + j, which is -100 if that is not learnt
+    or lies, as may token t + 1 + j, which is read, in another sequence."""
+    rows = [_ahead(sample, sample.targets, 1 + depth, IGNORE) for depth in range(depths)]
+    return torch.stack(rows) if rows else sample.targets.new_empty(0, len(sample.targets))
+
+
+def _ahead(sample: Sample, values_T: Tensor, by: int, beyond: int) -> Tensor:
+    """Of each row what stands ``by`` rows on in its sequence, [T]."""
+    rows = torch.arange(len(values_T), device=values_T.device)
+    requests = sample.batch.requests
+    later = (rows + by).clamp(max=len(rows) - 1)
+    return values_T[later].where((rows + by < len(rows)) & (requests[later] == requests), beyond)
+
+
+def mtp(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[Tensor, int]:
     """Next-token loss of several uses of the one MTP layer."""
     total, count = output.hidden.new_zeros(()), 0
-    for depth, hidden in enumerate(drafts(model, output, ids_BL, depths)):
-        targets = F.pad(ids_BL[:, 2 + depth :], (0, 2 + depth), value=IGNORE).flatten()
-        loss, n = cross_entropy(model, hidden, targets)
+    hidden = drafts(model, output, sample, depths)
+    for hidden_TD, targets_T in zip(hidden, draft_targets(sample, depths), strict=True):
+        loss, n = cross_entropy(model, hidden_TD, targets_T)
         total, count = total + loss, count + n
     return total, count
 
 
-def total_variation(model: GLM, output: Output, ids_BL: Tensor, depths: int) -> tuple[Tensor, int]:
+def total_variation(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[Tensor, int]:
     """What speculation loses: 1 less the share of ``depths`` drafts that verification is expected to accept.
 
     A draft from q is accepted with probability 1 - TV(p, q), p being the main model's distribution at that place
     (detached), and only behind accepted ones: 1 - (1 / depths) sum_j prod_(i <= j) (1 - TV_i), over the rows whose
-    drafts all lie within the sequence (architecture spec 3.2, after Bebop).
+    drafts are all learnt (architecture spec 3.2, after Bebop).
     """
-    (sequences, length), rows = ids_BL.shape, ids_BL.shape[1] - depths
-    if rows < 1:
+    rows = (draft_targets(sample, depths) >= 0).all(0).nonzero().squeeze(-1)
+    if not len(rows):
         return output.hidden.new_zeros(()), 0
-    p_BLV = model.logits(output.hidden.detach()).detach().float().softmax(-1).unflatten(0, (sequences, length))
-    reached = output.hidden.new_ones(sequences, rows, dtype=torch.float32)
+    p_TV = ops.wide(model.logits(output.hidden.detach()).detach()).softmax(-1)
+    reached = p_TV.new_ones(len(rows))
     total = torch.zeros_like(reached)
-    for depth, hidden in enumerate(drafts(model, output, ids_BL, depths)):
-        q_BLV = model.logits(hidden).float().softmax(-1).unflatten(0, (sequences, length))
-        accepted = torch.minimum(p_BLV[:, 1 + depth : 1 + depth + rows], q_BLV[:, :rows]).sum(-1)
-        reached = reached * accepted
+    for depth, hidden in enumerate(drafts(model, output, sample, depths)):
+        q_NV = ops.wide(model.logits(hidden[rows])).softmax(-1)
+        reached = reached * torch.minimum(p_TV[rows + 1 + depth], q_NV).sum(-1)
         total = total + reached
-    return (1 - total / depths).sum(), sequences * rows
+    return (1 - total / depths).sum(), len(rows)
+
+
+def balance(scores_TE: Tensor, ids_Tk: Tensor, sample: Sample) -> tuple[Tensor, int]:
+    """How unevenly each sequence visits its experts, 1 where evenly (DeepSeek-V3 2.1.2: sum_i f_i P_i, f_i expert i's
+    share of the choices times E, P_i its mean share of the scores). A sequence counts as often as it has tokens."""
+    experts = scores_TE.shape[1]
+    shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    batch = sample.batch
+    load_BE = shares_TE.new_zeros(len(batch.lengths), experts)
+    load_BE.index_put_((batch.requests[:, None], ids_Tk), load_BE.new_ones(()), accumulate=True)
+    mean_BE = torch.zeros_like(load_BE).index_add(0, batch.requests, shares_TE)
+    lengths_B1 = torch.tensor(batch.lengths, device=load_BE.device)[:, None]
+    frequent_BE = load_BE * (experts / ids_Tk.shape[1]) / lengths_B1
+    return (frequent_BE * mean_BE).sum(), len(ids_Tk)  # mean_BE still has the length in it, which is the weight
+
+
+def counts(sample: Sample, depths: int) -> dict[str, int]:
+    """How much each loss will count, known before it is computed, so that parts of a step add exactly."""
+    learnt = draft_targets(sample, depths) >= 0
+    return {
+        "loss": int((sample.targets >= 0).sum()), "mtp": int(learnt.sum()), "mtp_tv": int(learnt.all(0).sum()),
+        "kl": len(sample.ids), "balance": len(sample.ids),
+    }  # fmt: skip
 
 
 def groups(full_layers: Sequence[int], layers: int) -> dict[int, range]:
@@ -165,4 +203,4 @@ def _attention(
 
 def _wide(x: Tensor) -> Tensor:
     """In fp32, or as it is if wider."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return ops.wide(x.detach())

@@ -1,112 +1,52 @@
-"""A small trainer: dense, then indexer warm-up, then sparse under the pattern (training spec 4.1).
+"""The trainer: steps through a recipe's stages, logged, validated and kept so that it can go on.
 
-One process. It exists to make the bundled default model and to show the
-stages in one file.
+    dense            next-token and MTP loss, dense attention
+    indexer_warmup   the indexers alone learn dense attention (KL), the backbone rests
+    sparse, long     attention under Selections; indexers learn from the selected set
+    sft              the same on conversations
+
+Shape legend: B sequences, L length.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nanoglm.api import Model
-from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
-from nanoglm.config import FULL, GLMConfig
-from nanoglm.errors import InputError
-from nanoglm.model import GLM, BatchStore, Output, Tape
-from nanoglm.model.moe import MoE
-from nanoglm.ops import Batch
+from nanoglm.config import FULL
+from nanoglm.model import GLM
 from nanoglm.train import losses, optim
 from nanoglm.train.checkpoint import NUMBERS, Progress, restore, write
-from nanoglm.train.data import Loader, Tokens
-from nanoglm.weights import SHARED_INDEXERS
-
-TRAINING = "training"  # of a run that is not finished, inside its directory
-END_OF_TEXT = 256  # <|endoftext|> of the byte tokenizer
-Stage = Literal["dense", "warmup", "sparse"]
+from nanoglm.train.data import Sample, Source, Tokens, Windows
+from nanoglm.train.objective import backward, balance
+from nanoglm.train.recipe import Recipe, indexer_warmup
+from nanoglm.train.validate import Validation
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Every number of a run. Fractions are of all steps; rates are peaks."""
+class Keep:
+    """Where a run leaves its traces, and how often, in steps.
 
-    steps: int = 2000
-    batch: int = 16  # sequences a step
-    length: int = 256  # tokens a sequence
-    sparse_length: int = 512  # tokens a sequence in the last stage, at the same tokens a step
-    dense: float = 0.75
-    warmup: float = 0.07  # the rest is sparse
-    indexer_every: int = 4  # sparse stage: steps between two of the indexers' own
-    rate: float = 3e-3
-    indexer_rate: float = 5e-3
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices it is for, see optim.groups
-    weight_decay: float = 0.1
-    mtp_depths: int = 2
-    late_drafts: Literal["likelihood", "total_variation"] = "likelihood"  # what MTP learns from `late` on
-    balance_rate: float = 3e-3
-    late: float = 0.65  # from here on the balance bias rests and the MTP weight falls from 0.3 to 0.1
-    seed: int = 0
+    Attributes:
+        log: JSON lines: losses every ``log_every`` steps, validation every ``validate_every``.
+        checkpoint: a directory to keep the run in: before the first step, every ``save_every`` steps, at the end.
+        validation: what to validate with.
+    """
 
-    def stage(self, step: int) -> Stage:
-        done = step / self.steps
-        return "dense" if done < self.dense else "warmup" if done < self.dense + self.warmup else "sparse"
-
-    def rates(self, step: int) -> tuple[float, float]:
-        """(backbone, indexer): 50 steps up, cosine to 10 %; the backbone rests while the indexer warms up."""
-        stage, done = self.stage(step), step / self.steps
-        if stage == "warmup":
-            return 0.0, self.indexer_rate
-        active = done if stage == "dense" else done - self.warmup
-        shape = min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * active / (1 - self.warmup)))
-        return self.rate * shape, self.rate * shape
-
-
-def read_text(path: Path) -> np.ndarray:
-    """All ``*.txt`` under ``path`` (or the one file) as byte ids with <|endoftext|> between, uint16."""
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    parts: list[np.ndarray] = []
-    for file in files:
-        try:
-            data = file.read_text(encoding="utf-8-sig").encode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"text {file} cannot be read as UTF-8: {error}") from None
-        parts += [np.frombuffer(data, np.uint8).astype(np.uint16), np.array([END_OF_TEXT], np.uint16)]
-    if not parts:
-        raise InputError(f"text {path} holds no .txt file; expected a UTF-8 text file or a folder of them")
-    return np.concatenate(parts)
-
-
-def corpus(path: Path) -> tuple[Tokens, Tokenizer]:
-    """What to train on: a dataset of ``nanoglm data`` with its tokenizer, or text as bytes."""
-    if (path / "dataset.json").is_file():
-        return Tokens(path), Tokenizer.from_file(path / "tokenizer.json")
-    return Tokens.of(read_text(path)), byte_tokenizer()
-
-
-def windows(text: Tokens, recipe: Recipe, progress: Progress | None = None) -> Iterator[Tensor]:
-    """One int64 [B, L + 1] tensor a step; the same for the same seed. Goes on from ``progress`` and keeps it up."""
-    progress = progress or Progress()
-    loaders: dict[int, Loader] = {}
-    for step in range(progress.step, recipe.steps):
-        length = recipe.sparse_length if recipe.stage(step) == "sparse" else recipe.length
-        if length not in loaders:
-            loaders[length] = Loader(text, length, recipe.seed, **progress.loaders.get(length, {}))
-        ids = loaders[length].take(recipe.batch * recipe.length // length)
-        progress.step, progress.loaders[length] = step + 1, loaders[length].state_dict()
-        yield ids
+    log: Path | None = None
+    log_every: int = 20
+    checkpoint: Path | None = None
+    save_every: int = 500
+    validation: Validation | None = None
+    validate_every: int = 200
 
 
 def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -130,105 +70,99 @@ def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return [adamw, optim.Muon(pieces, weight_decay=recipe.weight_decay)]
 
 
-def train_step(model: GLM, ids: Tensor, recipe: Recipe, step: int) -> dict[str, Tensor]:
-    """Forward and backward of one batch [B, L + 1]; returns the mean losses by name."""
-    stage, late = recipe.stage(step), step / recipe.steps >= recipe.late
-    index = stage == "warmup" or (stage == "sparse" and step % recipe.indexer_every == 0)
-    inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
-    batch = Batch.contiguous([inputs.shape[1]] * inputs.shape[0], ids.device)
-    tape = Tape(indexers=index)
-    output = model(
-        inputs.flatten(), batch, BatchStore(), attention="masked" if stage == "sparse" else "dense", tape=tape
-    )
-    terms: dict[str, Tensor] = {}
-    total, count = losses.cross_entropy(model, output.hidden, targets)
-    terms["loss"] = total / count
-    if model.config.num_nextn_predict_layers:
-        drafting = losses.total_variation if late and recipe.late_drafts == "total_variation" else losses.mtp
-        total, count = drafting(model, output, inputs, 1 if stage == "warmup" else recipe.mtp_depths)
-        terms["mtp"] = total / count
-    if index:
-        terms["kl"] = indexer_loss(model, output, tape, inputs.shape[1], sparse=stage == "sparse")
-    if stage == "warmup":
-        terms["kl"].backward()
-    else:
-        objective = terms["loss"] + (0.1 if late else 0.3) * terms.get("mtp", 0.0) + terms.get("kl", 0.0)
-        objective.backward()
-    if not late and stage == "dense":
-        balance(model, tape, recipe.balance_rate)
-    return {name: term.detach() for name, term in terms.items()}
-
-
-def indexer_loss(model: GLM, output: Output, tape: Tape, length: int, *, sparse: bool) -> Tensor:
-    """Mean KL over all indexers, the MTP layer's included."""
-    config = model.config
-    served = losses.groups(config.full_layers, config.num_hidden_layers)
-    if config.num_nextn_predict_layers:
-        served[config.num_hidden_layers] = range(config.num_hidden_layers, config.num_hidden_layers + 1)
-    terms = []
-    for first, layers in served.items():
-        selection = output.selections[first] if sparse and first < config.num_hidden_layers else None
-        teachers = [tape.attention[layer] for layer in layers]
-        total, count = losses.indexer_kl(tape.indexer[first], teachers, length, config.qk_head_dim**-0.5, selection)
-        terms.append(total / count)
-    return torch.stack(terms).mean()
-
-
-@torch.no_grad()
-def balance(model: GLM, tape: Tape, rate: float) -> None:
-    """Auxiliary-loss-free balance: the bias of an overloaded expert falls, of an idle one rises."""
-    for layer, ids in tape.experts.items():
-        moe = model.model.layers[layer].get_submodule("mlp")
-        assert isinstance(moe, MoE)
-        bias = moe.gate.e_score_correction_bias
-        load = torch.bincount(ids.flatten(), minlength=bias.numel()).float()
-        bias += rate * (load.mean() - load).sign()
-
-
 def train(
-    model: GLM, text: Tokens, recipe: Recipe, log: Path | None = None, checkpoint: Path | None = None, every: int = 500
-) -> None:
-    """Trains ``model`` in place. One JSON line every 20 steps to ``log``.
+    model: GLM, data: Tokens | Mapping[str, Source], recipe: Recipe, keep: Keep | None = None
+) -> dict[str, Any] | None:
+    """Trains ``model`` in place. Returns the last validation, if there is one.
 
     Args:
-        checkpoint: a directory to keep the run in, before the first step, every ``every`` steps and at the end. If it
-            holds this run already, the run goes on from there, bit by bit as if it had not stopped (on the same
-            machine with as many threads).
+        data: a text, or by the stages' ``data`` where their samples come from.
+        keep: log, checkpoint and validation. If the checkpoint holds this run already, the run goes on from there, bit
+            by bit as if it had not stopped (on the same machine with as many threads).
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be written, or is of another run.
     """
-    movers, parts = optimizers(model, recipe), optim.groups(model)
-    progress = Progress()
-    if checkpoint is not None:
-        if (checkpoint / NUMBERS).is_file():
-            progress = restore(checkpoint, model, movers, recipe)
-            _forget(log, progress.step)
-        else:  # an unwritable directory is found now, not after an hour
-            write(checkpoint, model, movers, progress, recipe)
-    console, began = Console(stderr=True, highlight=False), time.perf_counter()
-    for ids in windows(text, recipe, progress):
-        step = progress.step - 1
-        for parameter in parts.backbone:
-            parameter.requires_grad_(recipe.stage(step) != "warmup")
-        rate, indexer_rate = recipe.rates(step)
-        for group in (group for mover in movers for group in mover.param_groups):
+    sources = {"text": Windows(data, recipe.seed)} if isinstance(data, Tokens) else data
+    run = _Run(model, sources, recipe, keep or Keep())
+    run.resume()
+    while run.progress.step < recipe.steps:
+        run.step()
+    return run.validated
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    model: GLM
+    sources: Mapping[str, Source]
+    recipe: Recipe
+    keep: Keep
+    progress: Progress = field(default_factory=Progress)
+    validated: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.movers, self.parts = optimizers(self.model, self.recipe), optim.groups(self.model)
+        self.console = Console(stderr=True, highlight=False)
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint, or begins it: an unwritable directory is found now, not after an hour."""
+        directory = self.keep.checkpoint
+        if directory is not None and (directory / NUMBERS).is_file():
+            self.progress = restore(directory, self.model, self.movers, self.recipe)
+            for name, state in self.progress.sources.items():
+                self.sources[name].load_state_dict(state)
+            _forget(self.keep.log, self.progress.step)
+        elif directory is not None:
+            write(directory, self.model, self.movers, self.progress, self.recipe)
+        self.began = time.perf_counter() - self.progress.seconds
+
+    def step(self) -> None:
+        """One step of the recipe, with all that is due behind it."""
+        number, recipe, keep = self.progress.step, self.recipe, self.keep
+        stage = recipe.stage(number)
+        if (base := recipe.rope_theta(number)) is not None and base != self.model.config.rope_theta:
+            self.model.config = self.model.config.replace(rope_theta=base)
+        for parameter in self.parts.backbone:
+            parameter.requires_grad_(stage.backbone)
+        source = self.sources[stage.data]
+        means = self.move(number, source.take(stage.length, recipe.tokens // stage.length))
+        self.progress.step = number + 1
+        self.progress.sources[stage.data] = source.state_dict()
+        self.progress.seconds = time.perf_counter() - self.began
+        last = self.progress.step == recipe.steps
+        if number % keep.log_every == 0 or last:
+            self.tell({"step": number, "stage": stage.name} | {k: round(float(v), 4) for k, v in means.items()})
+        if keep.validation is not None and (self.progress.step % keep.validate_every == 0 or last):
+            self.validated = keep.validation.run(self.model, stage.attention)
+            self.tell({"step": number, "stage": stage.name} | self.validated)
+        if keep.checkpoint is not None and (self.progress.step % keep.save_every == 0 or last):
+            write(keep.checkpoint, self.model, self.movers, self.progress, recipe)
+
+    def move(self, number: int, sample: Sample) -> dict[str, Tensor]:
+        """Gradients, clipping, the optimisers' step and the routers' balance; returns the mean losses."""
+        recipe = self.recipe
+        rate, indexer_rate = recipe.rates(number)
+        for group in (group for mover in self.movers for group in mover.param_groups):
             group["lr"] = indexer_rate if group["indexer"] else rate
-        terms = train_step(model, ids, recipe, step)
-        torch.nn.utils.clip_grad_norm_(parts.backbone, 1.0)
-        torch.nn.utils.clip_grad_norm_(parts.indexers, 1.0)  # apart, or a large KL would slow the backbone
-        for mover in movers:
+        done = backward(self.model, sample, recipe, number)
+        torch.nn.utils.clip_grad_norm_(self.parts.backbone, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parts.indexers, 1.0)  # apart, or a large KL would slow the backbone
+        for mover in self.movers:
             mover.step()
             mover.zero_grad()
-        if step % 20 == 0 or step == recipe.steps - 1:
-            line = {"step": step, "stage": recipe.stage(step), "seconds": round(time.perf_counter() - began, 1)}
-            line |= {name: round(float(term), 4) for name, term in terms.items()}
-            console.print(" ".join(f"{name} {value}" for name, value in line.items()))
-            if log is not None:
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-        if checkpoint is not None and (progress.step % every == 0 or progress.step == recipe.steps):
-            write(checkpoint, model, movers, progress, recipe)
+        if recipe.stage(number).backbone and not recipe.is_late(number):
+            balance(self.model, done.loads, recipe.balance_rate)
+        return done.means
+
+    def tell(self, line: dict[str, Any]) -> None:
+        """A line on standard error and in the log."""
+        line |= {"seconds": round(self.progress.seconds, 1)}
+        self.console.print(" ".join(f"{name} {value}" for name, value in line.items()), markup=False)
+        if self.keep.log is not None:
+            with self.keep.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def _forget(log: Path | None, step: int) -> None:
@@ -245,9 +179,8 @@ def shared_indexers(model: GLM, text: Tokens, recipe: Recipe) -> dict[str, Tenso
     config = model.config.replace(indexer_types=(FULL,) * model.config.num_hidden_layers)
     full = GLM(config).initialise(recipe.seed)
     full.load_state_dict(model.state_dict(), strict=False)
-    sources = losses.groups(model.config.full_layers, config.num_hidden_layers)
     wanted: dict[str, Tensor] = {}
-    for source, layers in sources.items():
+    for source, layers in losses.groups(model.config.full_layers, config.num_hidden_layers).items():
         for layer in layers[1:]:
             indexer = full.layers[layer].self_attn.indexer
             original = model.layers[source].self_attn.indexer
@@ -255,51 +188,10 @@ def shared_indexers(model: GLM, text: Tokens, recipe: Recipe) -> dict[str, Tenso
             indexer.load_state_dict(original.state_dict())
             prefix = f"model.layers.{layer}.self_attn.indexer."
             wanted |= {prefix + name: parameter for name, parameter in indexer.named_parameters()}
-    steps = max(1, int(recipe.steps * recipe.warmup))
-    train(full, text, replace(recipe, steps=steps, dense=0.0, warmup=1.0, seed=recipe.seed + 1))
+    if not wanted:
+        return {}
+    resting = [stage for stage in recipe.stages if not stage.backbone]
+    steps = max(1, int(recipe.steps * sum(stage.share for stage in resting)))
+    stage = indexer_warmup(1.0, resting[0].length if resting else recipe.stages[0].length)
+    train(full, text, replace(recipe, steps=steps, stages=(stage,), seed=recipe.seed + 1))
     return {name: parameter.detach().to(torch.bfloat16) for name, parameter in wanted.items()}
-
-
-def run(
-    preset: str, text: Tokens, recipe: Recipe, out: Path, tokenizer: Tokenizer | None = None, *, resume: bool = False,
-    every: int = 500,
-) -> None:  # fmt: skip
-    """Trains a preset and writes its checkpoint directory, log and shared indexers into ``out``.
-
-    Until the end the run is kept in ``out/training``, every ``every`` steps.
-
-    Args:
-        tokenizer: of the text, bytes if left out. The model gets its vocabulary, if that is larger than bytes.
-        resume: go on with the run that ``out`` holds.
-
-    Raises:
-        InputError: the preset's vocabulary is not the byte tokenizer's, the text is too short, ``out`` is not empty or,
-            to resume, holds no run or that of another recipe.
-    """
-    config, tokenizer = GLMConfig.preset(preset), tokenizer or byte_tokenizer()
-    if not tokenizer.is_bytes:
-        config = config.replace(vocab_size=tokenizer.vocab_size)
-    elif config.vocab_size != tokenizer.vocab_size:
-        raise InputError(f"preset {preset} has vocabulary {config.vocab_size}; expected the byte tokenizer's 320")
-    if recipe.steps < 1:
-        raise InputError(f"steps is {recipe.steps}; expected at least 1")
-    if not 0 <= recipe.seed < 2**63:
-        raise InputError(f"seed is {recipe.seed}; expected 0 to 2**63 - 1")
-    longest = max(recipe.length, recipe.sparse_length)
-    if len(text) <= longest:  # found now, not when the last stage begins
-        raise InputError(f"text holds {len(text)} tokens; expected more than one window of {longest}")
-    training = out / TRAINING
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
-    if resume and not (training / NUMBERS).is_file():
-        raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
-    model = GLM(config).initialise(recipe.seed)
-    train(model, text, recipe, out / "train.jsonl", training, every)
-    Model(model, tokenizer).save(out)
-    extra = shared_indexers(model, text, recipe)
-    if extra:
-        partial = out / f".{SHARED_INDEXERS}"
-        save_file(extra, partial, metadata={"format": "pt"})
-        partial.chmod((out / "config.json").stat().st_mode)  # safetensors writes 0600
-        os.replace(partial, out / SHARED_INDEXERS)
-    shutil.rmtree(training)

@@ -252,15 +252,15 @@ _plant("short prefill leaves index keys unwritten", "2.6", (PagedCache, "write_i
 _route, _choose, _place_view = moe.Router.route, moe.Router._choose, names.Place.view
 
 
-def _bias_in_weights(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    choice = self.forward_fp32(x).sigmoid() + self.e_score_correction_bias
-    weights, ids = choice.topk(self.topk)
-    return ids, weights / weights.sum(-1, keepdim=True) * self.scale
+def _bias_in_weights(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    scores = self.forward_fp32(x).sigmoid()
+    weights, ids = (scores + self.e_score_correction_bias).topk(self.topk)
+    return ids, weights / weights.sum(-1, keepdim=True) * self.scale, scores
 
 
-def _unscaled(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    ids, weights = _route(self, x, ids)
-    return ids, weights / self.scale
+def _unscaled(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    ids, weights, scores = _route(self, x, ids)
+    return ids, weights / self.scale, scores
 
 
 def _bf16_bias(self: moe.Router, choice: Tensor) -> Tensor:
@@ -268,20 +268,20 @@ def _bf16_bias(self: moe.Router, choice: Tensor) -> Tensor:
     return _choose(self, choice - bias + bias.bfloat16().float())
 
 
-def _unnormalised(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    ids, _ = _route(self, x, ids)
-    return ids, self.forward_fp32(x).sigmoid().gather(-1, ids) * self.scale
+def _unnormalised(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    ids, _, scores = _route(self, x, ids)
+    return ids, scores.gather(-1, ids) * self.scale, scores
 
 
-def _softmax_router(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _softmax_router(self: moe.Router, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     with patch.object(ops, "sigmoid", lambda logits: logits.softmax(-1)):
         return _route(self, x, ids)
 
 
-def _shared_scaled(self: moe.MoE, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    ids, weights = self.gate.route(x, ids)
+def _shared_scaled(self: moe.MoE, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    ids, weights, scores = self.gate.route(x, ids)
     assert self.shared_experts is not None
-    return self.experts(x, ids, weights) + self.gate.scale * self.shared_experts(x), ids
+    return self.experts(x, ids, weights) + self.gate.scale * self.shared_experts(x), ids, scores
 
 
 def _up_first(self: names.Place, parameter: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from nanoglm.model import GLM, Attention, BatchStore, Output, Tape
 from nanoglm.model.indexer import IndexerInputs
 from nanoglm.ops import Batch
 from nanoglm.train import losses
-from nanoglm.train.trainer import indexer_loss
+from nanoglm.train.data import Sample
+from nanoglm.train.objective import indexer_loss
 
 LENGTH = 24  # longer than the tiny preset's k of 16, so selection bites
 
@@ -36,6 +37,12 @@ def ids() -> Tensor:
 def run(model: GLM, ids_BL: Tensor, attention: Attention, tape: Tape | None = None) -> Output:
     batch = Batch.contiguous([ids_BL.shape[1]] * ids_BL.shape[0])
     return model(ids_BL.flatten(), batch, BatchStore(), attention=attention, tape=tape)
+
+
+def sample(ids_BL: Tensor, last: int = losses.IGNORE) -> Sample:
+    """Each token's target is the next one; of the last one ``last``."""
+    targets = torch.cat([ids_BL[:, 1:], torch.full_like(ids_BL[:, :1], last)], 1)
+    return Sample(ids_BL.flatten(), targets.flatten(), (ids_BL.shape[1],) * ids_BL.shape[0])
 
 
 def nats(logits_V: Tensor, target: int) -> float:
@@ -104,7 +111,7 @@ def test_mtp_against_decoding(ids: Tensor, attention: Attention, depths: int) ->
     # Dense training is decoding with k as large as the text; the other two work below it.
     model = build(index_topk=LENGTH if attention == "dense" else 8)
     with torch.no_grad():
-        total, count = losses.mtp(model, run(model, ids, attention), ids, depths)
+        total, count = losses.mtp(model, run(model, ids, attention), sample(ids), depths)
     expected = [decoded(model, row, depths) for row in ids.tolist()]
     assert count == sum(n for _, n in expected) == 2 * sum(LENGTH - 2 - depth for depth in range(depths))
     assert total.item() == pytest.approx(sum(s for s, _ in expected), rel=2e-5)
@@ -115,7 +122,7 @@ def test_total_variation_is_the_share_of_drafts_that_fail(ids: Tensor, depths: i
     """By decoding one token at a time: sum of min(p, q) at each depth, products along the chain."""
     model = build(index_topk=8)
     with torch.no_grad():
-        total, count = losses.total_variation(model, run(model, ids, "masked"), ids, depths)
+        total, count = losses.total_variation(model, run(model, ids, "masked"), sample(ids, last=0), depths)
         p = model.logits(run(model, ids, "masked").hidden).softmax(-1).unflatten(0, ids.shape)
     expected, rows = 0.0, 0
     for b, row in enumerate(ids.tolist()):
@@ -134,7 +141,9 @@ def test_total_variation_is_the_share_of_drafts_that_fail(ids: Tensor, depths: i
             expected, rows = expected + 1 - kept / depths, rows + 1
     assert count == rows == 2 * (LENGTH - depths)
     assert total.item() == pytest.approx(expected, rel=2e-5)
-    assert losses.total_variation(model, run(model, ids[:, :3], "dense"), ids[:, :3], 3)[1] == 0  # nothing to draft
+    assert (
+        losses.total_variation(model, run(model, ids[:, :3], "dense"), sample(ids[:, :3], last=0), 3)[1] == 0
+    )  # nothing to draft
 
 
 def test_total_variation_moves_the_draft_towards_the_model(ids: Tensor) -> None:
@@ -142,11 +151,11 @@ def test_total_variation_moves_the_draft_towards_the_model(ids: Tensor) -> None:
     model = build()
     output = run(model, ids, "dense")
     head = model.lm_head.weight
-    total, _ = losses.total_variation(model, output, ids, 1)
+    total, _ = losses.total_variation(model, output, sample(ids, last=0), 1)
     (ours,) = torch.autograd.grad(total, head, retain_graph=True)
     with torch.no_grad():
         p = model.logits(output.hidden).softmax(-1).unflatten(0, ids.shape)[:, 1:]
-    hidden = next(losses.drafts(model, output, ids, 1)).unflatten(0, ids.shape)[:, :-1].detach()
+    hidden = next(losses.drafts(model, output, sample(ids), 1)).unflatten(0, ids.shape)[:, :-1].detach()
     (expected,) = torch.autograd.grad((1 - torch.minimum(p, (hidden @ head.T).softmax(-1)).sum(-1)).sum(), head)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     parameters = dict(model.named_parameters())
@@ -160,7 +169,7 @@ def test_mtp_reads_no_token_it_predicts(model: GLM, ids: Tensor) -> None:
     changed[0, -1] = (changed[0, -1] + 1) % 320
     with torch.no_grad():
         output = run(model, ids, "dense")
-        first, second = (float(losses.mtp(model, run(model, x, "dense"), x, 1)[0]) for x in (ids, changed))
+        first, second = (float(losses.mtp(model, run(model, x, "dense"), sample(x), 1)[0]) for x in (ids, changed))
         hidden, _ = model.draft(ids.roll(-1, 1).flatten(), output.hidden, output.step)
         logits = model.logits(hidden[LENGTH - 3 : LENGTH - 2])[0]
     moved = nats(logits, int(changed[0, -1])) - nats(logits, int(ids[0, -1]))
@@ -169,7 +178,7 @@ def test_mtp_reads_no_token_it_predicts(model: GLM, ids: Tensor) -> None:
 
 
 def test_mtp_trains_the_backbone_and_the_embedding(model: GLM, ids: Tensor) -> None:
-    total, _ = losses.mtp(model, run(model, ids, "dense"), ids, 2)
+    total, _ = losses.mtp(model, run(model, ids, "dense"), sample(ids), 2)
     names = ["model.layers.4.eh_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
     parameters = dict(model.named_parameters())
     for gradient in torch.autograd.grad(total, [parameters[n] for n in names]):
@@ -341,8 +350,8 @@ def test_kl_moves_indexers_and_nothing_else(ids: Tensor, attention: Attention, s
     model = build()
     tape = Tape()
     output = run(model, ids, attention, tape)
-    losses.mtp(model, output, ids, 1)  # the MTP layer has an indexer too
-    loss = indexer_loss(model, output, tape, LENGTH, sparse=sparse)
+    losses.mtp(model, output, sample(ids), 1)  # the MTP layer has an indexer too
+    loss, _ = indexer_loss(model, output, tape, sample(ids), sparse=sparse)
     loss.backward()
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
@@ -357,7 +366,7 @@ def test_the_other_losses_never_move_an_indexer(ids: Tensor, attention: Attentio
     model = build()
     output = run(model, ids, attention, Tape())
     targets = ids.roll(-1, 1).flatten()
-    total = losses.cross_entropy(model, output.hidden, targets)[0] + losses.mtp(model, output, ids, 2)[0]
+    total = losses.cross_entropy(model, output.hidden, targets)[0] + losses.mtp(model, output, sample(ids), 2)[0]
     total.backward()
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
@@ -374,7 +383,7 @@ def test_indexer_loss_is_the_mean_over_indexers_of_their_group(ids: Tensor, atte
     """
     model, tape = build(), Tape()
     output = run(model, ids, attention, tape)
-    losses.mtp(model, output, ids, 1)
+    losses.mtp(model, output, sample(ids), 1)
     terms = []
     for first, layers in ((0, (0, 1)), (2, (2, 3)), (4, (4,))):
         teachers = [tape.attention[layer] for layer in layers]
@@ -383,5 +392,53 @@ def test_indexer_loss_is_the_mean_over_indexers_of_their_group(ids: Tensor, atte
         terms.append(total.item() / count)
     assert sorted(tape.indexer) == [0, 2, 4]
     assert sorted(tape.attention) == [0, 1, 2, 3, 4]
-    loss = indexer_loss(model, output, tape, LENGTH, sparse=sparse)
-    assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-6)
+    loss, count = indexer_loss(model, output, tape, sample(ids), sparse=sparse)
+    assert loss.item() / count == pytest.approx(sum(terms) / 3, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------- packed sequences
+def test_packed_sequences_are_as_if_alone(model: GLM) -> None:
+    """Of unlike lengths, some tokens not learnt: each loss is the sum over the sequences alone, none looks across."""
+    ids = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(2))
+    targets = torch.randint(0, 320, (60,), generator=torch.Generator().manual_seed(3))
+    targets[[2, 3, 30]] = losses.IGNORE
+    counts = (20, 1, 21, 18)
+
+    def found(part: Sample) -> dict[str, tuple[float, int]]:
+        tape = Tape()
+        output = model(part.ids, part.batch, BatchStore(), attention="masked", tape=tape)
+        values = {
+            "mtp": losses.mtp(model, output, part, 2),
+            "tv": losses.total_variation(model, output, part, 2),
+            "kl": indexer_loss(model, output, tape, part, sparse=True),
+            "balance": losses.balance(tape.scores[2], tape.experts[2], part),
+        }
+        return {name: (float(total), n) for name, (total, n) in values.items()}
+
+    with torch.no_grad():
+        whole = found(Sample(ids, targets, counts))
+        begins = [sum(counts[:i]) for i in range(4)]
+        alone = [found(Sample(ids[b : b + n], targets[b : b + n], (n,))) for b, n in zip(begins, counts, strict=True)]
+    for name, (total, count) in whole.items():
+        assert count == sum(part[name][1] for part in alone), name
+        assert total == pytest.approx(sum(part[name][0] for part in alone), rel=1e-4), name
+
+
+# ------------------------------------------------------------------------------- balance
+def test_balance_by_hand() -> None:
+    """sum_i f_i P_i of each sequence, weighted by its length (DeepSeek-V3 2.1.2)."""
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(7, 4, generator=g)
+    ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(7)])
+    total, count = losses.balance(scores, ids, Sample(torch.zeros(7).long(), torch.zeros(7).long(), (5, 2)))
+    expected = 0.0
+    for rows in (range(5), range(5, 7)):
+        for i in range(4):
+            f = 4 / (2 * len(rows)) * sum(i in ids[t].tolist() for t in rows)
+            p = sum(float(scores[t, i] / scores[t].sum()) for t in rows) / len(rows)
+            expected += len(rows) * f * p
+    assert count == 7
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    even = torch.tensor([[0, 1], [2, 3]] * 4)
+    value, n = losses.balance(torch.ones(8, 4), even, Sample(torch.zeros(8).long(), torch.zeros(8).long(), (8,)))
+    assert value.item() / n == pytest.approx(1.0)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,15 @@ from nanoglm.errors import CheckpointError, InputError
 from nanoglm.model import GLM
 from nanoglm.train import checkpoint, trainer
 from nanoglm.train.data import Tokens
-from nanoglm.train.trainer import Recipe, train
+from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse
+from nanoglm.train.trainer import Keep, train
+from nanoglm.train.validate import Validation
 
 TEXT = Tokens.of(np.random.default_rng(0).integers(32, 120, 900).astype(np.uint16))
 # Dense 0 to 3, warm-up 4 and 5, sparse 6 to 9, other windows there.
-RECIPE = Recipe(steps=10, batch=2, length=32, sparse_length=64, dense=0.4, warmup=0.2, indexer_every=2)
+STAGES = (dense(0.4, 32), indexer_warmup(0.2, 32), sparse(0.4, 64, indexer_every=2))
+RECIPE = Recipe("tiny", steps=10, tokens=64, pass_tokens=32, stages=STAGES)
+HELD = Validation(Tokens.of(np.random.default_rng(1).integers(32, 120, 100).astype(np.uint16)), 32)
 
 
 def build() -> GLM:
@@ -34,40 +39,47 @@ def build() -> GLM:
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The run ends with an error before it does that step."""
-    real = trainer.train_step
+    real = trainer.backward
 
-    def limited(model, ids, recipe, now):
+    def limited(model, sample, recipe, now):
         if now == step:
             raise RuntimeError("stopped")
-        return real(model, ids, recipe, now)
+        return real(model, sample, recipe, now)
 
-    monkeypatch.setattr(trainer, "train_step", limited)
+    monkeypatch.setattr(trainer, "backward", limited)
+
+
+def logged(log: Path | None) -> list[dict[str, float]]:
+    """Its lines without the seconds, which must rise."""
+    assert log is not None
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    seconds = [line.pop("seconds") for line in lines]
+    assert seconds == sorted(seconds)
+    return lines
 
 
 @pytest.mark.parametrize(("optimizer", "every"), [("adamw", 1), ("adamw", 3), ("muon", 2)])
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, optimizer: str, every: int) -> None:
     """Stopped before each step in turn; with savings every 3 steps up to two steps are done again."""
-    recipe = Recipe(**(vars(RECIPE) | {"optimizer": optimizer}))
-    whole, log = build(), tmp_path / "whole.jsonl"
-    train(whole, TEXT, recipe, log)
+    recipe = replace(RECIPE, optimizer=optimizer)
+    keep = Keep(tmp_path / "whole.jsonl", log_every=3, save_every=every, validation=HELD, validate_every=4)
+    whole = build()
+    train(whole, TEXT, recipe, keep)
     for stop in range(1, 10):
-        folder, lines = tmp_path / f"stop{stop}", tmp_path / f"stop{stop}.jsonl"
+        own = replace(keep, checkpoint=tmp_path / f"stop{stop}", log=tmp_path / f"stop{stop}.jsonl")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
             stop_before(patch, stop)
-            train(build(), TEXT, recipe, lines, folder, every)
+            train(build(), TEXT, recipe, own)
         again = build()
-        train(again, TEXT, recipe, lines, folder, every)
+        train(again, TEXT, recipe, own)
         for name, value in whole.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), (stop, name)
-        losses = [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines.read_text().splitlines()]
-        assert losses == [
-            {k: v for k, v in json.loads(x).items() if k != "seconds"} for x in log.read_text().splitlines()
-        ]
+        assert logged(own.log) == logged(keep.log)
 
 
 def test_a_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
     model = build()
-    train(model, TEXT, RECIPE, None, tmp_path / "run", 4)
+    train(model, TEXT, RECIPE, Keep(checkpoint=tmp_path / "run", save_every=4))
     loaded = load(tmp_path / "run").module.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
     assert json.loads((tmp_path / "run" / checkpoint.NUMBERS).read_text())["step"] == 10
@@ -76,18 +88,18 @@ def test_a_checkpoint_is_a_model_like_any_other(tmp_path: Path) -> None:
 def test_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
         stop_before(patch, 2)
-        train(build(), TEXT, RECIPE, None, tmp_path, 1)
+        train(build(), TEXT, RECIPE, Keep(checkpoint=tmp_path, save_every=1))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(InputError, match=r"rate is 0\.1; expected 0\.003, with which the run began"):
-        train(build(), TEXT, Recipe(**(vars(RECIPE) | {"rate": 0.1})), None, tmp_path)
+        train(build(), TEXT, replace(RECIPE, rate=0.1), Keep(checkpoint=tmp_path))
     with pytest.raises(CheckpointError, match="holds another model"):
         other = GLM(GLMConfig.preset("tiny").replace(index_topk=8)).initialise(0)
-        train(other, TEXT, RECIPE, None, tmp_path)
+        train(other, TEXT, RECIPE, Keep(checkpoint=tmp_path))
     numbers = tmp_path / checkpoint.NUMBERS
-    for damage in ("", "{}", '{"step": 1, "loaders": 3, "recipe": {}}'):
+    for damage in ("", "{}", '{"step": 1, "seconds": 1, "sources": 3, "recipe": {}}'):
         numbers.write_text(damage)
         with pytest.raises(CheckpointError, match="damaged"):
-            train(build(), TEXT, RECIPE, None, tmp_path)
+            train(build(), TEXT, RECIPE, Keep(checkpoint=tmp_path))
     numbers.write_bytes(before[checkpoint.NUMBERS])
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ from nanoglm.api import Model, load
 from nanoglm.config import FULL, GLMConfig
 from nanoglm.errors import ConfigError, InputError
 from nanoglm.model import GLM, Attention, BatchStore, Tape
-from nanoglm.ops import Batch
-from nanoglm.train import data, trainer
-from nanoglm.train.data import Tokens
-from nanoglm.train.trainer import Recipe, balance, optimizers, read_text, shared_indexers, train, train_step, windows
+from nanoglm.train import data, losses, objective
+from nanoglm.train.data import Sample, Tokens, Windows
+from nanoglm.train.objective import backward, balance
+from nanoglm.train.recipe import Recipe, dense, indexer_warmup, long, sparse
+from nanoglm.train.run import corpus, read_text, run
+from nanoglm.train.trainer import Keep, optimizers, shared_indexers, train
 from nanoglm.weights import SHARED_INDEXERS, Checkpoint
 
 SENTENCE = (
@@ -29,13 +33,20 @@ SENTENCE = (
 )
 BYTES = np.frombuffer(SENTENCE.encode(), np.uint8).astype(np.uint16)
 TEXT = Tokens.of(BYTES)
-QUICK = Recipe(steps=4, batch=2, length=32, sparse_length=32, indexer_every=1)
-ALWAYS = {"dense": {"dense": 1.0}, "warmup": {"dense": 0.0, "warmup": 1.0}, "sparse": {"dense": 0.0, "warmup": 0.0}}
+STAGES = (dense(0.75, 32), indexer_warmup(0.07, 32), sparse(0.18, 32, 1))
+QUICK = Recipe("tiny", steps=4, tokens=64, stages=STAGES, balance_weight=0.0)
+ALWAYS = {"dense": dense(1.0, 32), "warmup": indexer_warmup(1.0, 32), "sparse": sparse(1.0, 32, 1)}
 
 
-def always(stage: str, **changes: object) -> Recipe:
+def always(stage: str, **changes: Any) -> Recipe:
     """QUICK with a single stage."""
-    return Recipe(**(vars(QUICK) | ALWAYS[stage] | changes))
+    return replace(QUICK, stages=(ALWAYS[stage],), **changes)
+
+
+def draw(recipe: Recipe = QUICK, seed: int = 0) -> Sample:
+    """The first step's."""
+    length = recipe.stages[0].length
+    return Windows(TEXT, seed).take(length, recipe.tokens // length)
 
 
 def build(seed: int = 0, **changes: object) -> GLM:
@@ -53,20 +64,21 @@ def moved(before: dict[str, Tensor], model: GLM) -> set[str]:
 
 # ------------------------------------------------------------------------------- recipe
 def test_stage_borders() -> None:
-    recipe = Recipe(steps=64, dense=0.5, warmup=0.25)
-    stages = [recipe.stage(step) for step in range(64)]
-    assert stages == ["dense"] * 32 + ["warmup"] * 16 + ["sparse"] * 16
+    recipe = Recipe(steps=64, stages=(dense(0.5), indexer_warmup(0.25), sparse(0.25)))
+    stages = [recipe.stage(step).name for step in range(64)]
+    assert stages == ["dense"] * 32 + ["indexer_warmup"] * 16 + ["sparse"] * 16
 
 
 @pytest.mark.parametrize("stage", ALWAYS)
 def test_a_stage_can_be_all_there_is(stage: str) -> None:
     recipe = always(stage, steps=7)
-    assert {recipe.stage(step) for step in range(7)} == {stage}
+    assert {recipe.stage(step) for step in range(7)} == {ALWAYS[stage]}
     assert all(math.isfinite(rate) for step in range(7) for rate in recipe.rates(step))
 
 
 def test_rates() -> None:
-    recipe = Recipe(steps=1024, dense=0.5, warmup=0.25, rate=2.0, indexer_rate=7.0)
+    stages = (dense(0.5), indexer_warmup(0.25), sparse(0.25))
+    recipe = Recipe(steps=1024, stages=stages, rate=2.0, indexer_rate=7.0)
     backbone = [recipe.rates(step)[0] for step in range(1024)]
     assert backbone[0] == pytest.approx(2.0 / 50)  # 50 steps up
     assert backbone[24] == pytest.approx(2.0 * 25 / 50, rel=5e-3)
@@ -80,30 +92,35 @@ def test_rates() -> None:
     assert recipe.rates(900)[0] == recipe.rates(900)[1]  # one rate for both afterwards
 
 
+def test_a_stage_sets_the_rotation_for_those_behind_it() -> None:
+    stages = (dense(0.5, 32), long(0.25, 64, rope_theta=1e6), sparse(0.25, 32))
+    recipe = Recipe("tiny", steps=4, tokens=64, stages=stages)
+    assert [recipe.rope_theta(step) for step in range(4)] == [None, None, 1e6, 1e6]
+    model = build()
+    train(model, TEXT, replace(recipe, steps=2, stages=(dense(0.5, 32), replace(sparse(0.5, 32), rope_theta=123.0))))
+    assert model.config.rope_theta == 123.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps is 0; expected at least 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"stages": (dense(0.5),)}, "shares of the stages are 0.5 together; expected 1"),
+        ({"tokens": 100}, r"stage dense has share 0.75 and length 32; expected .* divides tokens \(100\)"),
+        ({"stages": (dense(-1.0), dense(2.0))}, "stage dense has share -1"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        replace(QUICK, **changes)
+
+
 # ------------------------------------------------------------------------------- data
-def test_windows_are_cut_from_the_text_and_repeat() -> None:
-    text = Tokens.of(np.arange(1000, dtype=np.uint16))
-    recipe = Recipe(steps=8, batch=4, length=16, sparse_length=64, dense=0.5, warmup=0.25)
-    first, again = list(windows(text, recipe)), list(windows(text, recipe))
-    other = list(windows(text, Recipe(**(vars(recipe) | {"seed": 1}))))
-    assert [tuple(ids.shape) for ids in first] == [(4, 17)] * 6 + [(1, 65)] * 2  # the same tokens a step
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    for ids in first:
-        assert ids.dtype == torch.int64
-        assert torch.equal(ids, ids[:, :1] + torch.arange(ids.shape[1]))  # runs of the text
-
-
-def test_every_window_of_the_text_can_come() -> None:
-    text = Tokens.of(np.arange(20, dtype=np.uint16))
-    starts = {int(row[0]) for ids in windows(text, Recipe(steps=50, batch=8, length=16, dense=1.0)) for row in ids}
-    assert starts == {0, 1, 2, 3}
-
-
 @pytest.mark.parametrize("tokens", [5, 16])
 def test_a_text_without_a_window_is_refused(tokens: int) -> None:
     with pytest.raises(InputError, match=f"text holds {tokens} tokens; expected more than one window of 16"):
-        next(windows(Tokens.of(np.zeros(tokens, np.uint16)), Recipe(length=16)))
+        Windows(Tokens.of(np.zeros(tokens, np.uint16))).take(16, 1)
 
 
 def test_read_text(tmp_path: Path) -> None:
@@ -163,29 +180,31 @@ def test_dense_stage_leaves_the_indexers_bit_for_bit(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sparse_stage_moves_all_but_the_balance_bias(optimizer: str) -> None:
+def test_sparse_stage_moves_all_and_late_not_the_balance_bias(optimizer: str) -> None:
     model = build()
     before = state(model)
     train(model, TEXT, always("sparse", optimizer=optimizer))
+    assert moved(before, model) == before.keys()
+    before = state(model)
+    train(model, TEXT, always("sparse", optimizer=optimizer, late=0.0))
     assert moved(before, model) == {n for n in before if not n.endswith("e_score_correction_bias")}
 
 
 def test_late_drafts_learn_what_verification_accepts() -> None:
-    model, ids = build(), next(windows(TEXT, QUICK))
+    model, sample = build(), draw()
     late = always("dense", late=0.0, late_drafts="total_variation")
-    assert 0 < float(train_step(model, ids, late, 0)["mtp"]) < 1  # a share, no longer nats
+    assert 0 < float(backward(model, sample, late, 0).means["mtp"]) < 1  # a share, no longer nats
     early = always("dense", late=1.0, late_drafts="total_variation")
-    assert float(train_step(model, ids, early, 0)["mtp"]) > 4
+    assert float(backward(model, sample, early, 0).means["mtp"]) > 4
 
 
 def test_indexers_rest_between_their_steps_of_the_sparse_stage() -> None:
     model = build()
-    recipe = always("sparse", indexer_every=3)
-    ids = next(windows(TEXT, recipe))
+    recipe = replace(QUICK, stages=(sparse(1.0, 32, indexer_every=3),))
     found = []
     for step in range(4):
         model.zero_grad()
-        terms = train_step(model, ids, recipe, step)
+        terms = backward(model, draw(), recipe, step).means
         touched = any(p.grad is not None for n, p in model.named_parameters() if ".indexer." in n)
         assert touched == ("kl" in terms)
         found.append(touched)
@@ -195,77 +214,108 @@ def test_indexers_rest_between_their_steps_of_the_sparse_stage() -> None:
 @pytest.mark.parametrize(("stage", "attention"), [("warmup", "dense"), ("sparse", "masked")])
 def test_indexers_learn_on_all_positions_then_on_the_selected(stage: str, attention: Attention) -> None:
     model, recipe = build(initializer_range=0.15), always(stage)
-    ids = next(windows(TEXT, recipe))
-    found = train_step(model, ids, recipe, 0)["kl"]
-    tape, inputs = Tape(), ids[:, :-1]
-    output = model(inputs.flatten(), Batch.contiguous([32, 32]), BatchStore(), attention=attention, tape=tape)
-    trainer.losses.mtp(model, output, inputs, 1)
-    for sparse in (False, True) if stage == "sparse" else (False,):
-        expected = trainer.indexer_loss(model, output, tape, 32, sparse=sparse)
-        assert (found.item() == pytest.approx(expected.item(), rel=1e-4)) == (sparse == (stage == "sparse"))
+    sample = draw(recipe)
+    found = backward(model, sample, recipe, 0).means["kl"]
+    tape = Tape()
+    output = model(sample.ids, sample.batch, BatchStore(), attention=attention, tape=tape)
+    losses.mtp(model, output, sample, 1)
+    for chosen in (False, True) if stage == "sparse" else (False,):
+        total, count = objective.indexer_loss(model, output, tape, sample, sparse=chosen)
+        assert (found.item() == pytest.approx(total.item() / count, rel=1e-4)) == (chosen == (stage == "sparse"))
 
 
 def test_balance_bias_rests_late() -> None:
-    model = build()
-    recipe = always("dense", steps=10, late=0.5)
-    ids = next(windows(TEXT, recipe))
-    before = state(model)
-    train_step(model, ids, recipe, 5)
-    assert moved(before, model) == set()
-    train_step(model, ids, recipe, 4)
-    assert moved(before, model) == {n for n in before if n.endswith("e_score_correction_bias")}
+    for late, moves in ((0.0, False), (1.0, True)):
+        model = build()
+        before = state(model)
+        train(model, TEXT, always("dense", steps=1, late=late))
+        assert any(n.endswith("e_score_correction_bias") for n in moved(before, model)) == moves
 
 
 @pytest.mark.parametrize(("step", "weight"), [(4, 0.3), (5, 0.1)])
 def test_the_objective_is_its_terms_weighted(step: int, weight: float) -> None:
     """MTP weighs 0.3, late 0.1; the gradient on the head is that of loss + weight * mtp."""
     recipe = always("dense", steps=10, late=0.5)
-    ids = next(windows(TEXT, recipe))
+    sample = draw(recipe)
     gradients = []
     for mtp in (True, False):
         model = build(num_nextn_predict_layers=int(mtp))
         model.load_state_dict(build().state_dict(), strict=False)  # the same weights with and without
-        terms = train_step(model, ids, recipe, step)
+        terms = backward(model, sample, recipe, step).means
         assert terms.keys() == ({"loss", "mtp"} if mtp else {"loss"})
         gradients.append(model.lm_head.weight.grad)
     assert gradients[0] is not None and gradients[1] is not None
-    model, inputs = build(), ids[:, :-1]
-    output = model(inputs.flatten(), Batch.contiguous([32, 32]), BatchStore(), attention="dense")
-    total, count = trainer.losses.mtp(model, output, inputs, recipe.mtp_depths)
+    model = build()
+    output = model(sample.ids, sample.batch, BatchStore(), attention="dense")
+    total, count = losses.mtp(model, output, sample, recipe.mtp_depths)
     (share,) = torch.autograd.grad(total / count, [model.lm_head.weight])
     torch.testing.assert_close(gradients[0] - gradients[1], weight * share, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ALWAYS)
+def test_parts_of_a_step_add_exactly(stage: str) -> None:
+    """Accumulated over sequences of unlike lengths, with tokens that are not learnt: the gradients of the whole."""
+    recipe = always(stage, balance_weight=0.1)
+    ids = torch.from_numpy(BYTES[:97].astype(np.int64))
+    targets = ids[1:].clone()
+    targets[torch.tensor([3, 4, 5, 40, 60, 61])] = data.IGNORE
+    sample = Sample(ids[:-1], targets, (17, 30, 30, 19))
+    found = []
+    for size in (None, 1, 60):
+        model = build(initializer_range=0.15).double()
+        done = backward(model, sample, replace(recipe, pass_tokens=size), 0)
+        found.append(({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, done))
+    (whole, done), *others = found
+    for parts, again in others:
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(again.loads[layer], load) for layer, load in done.loads.items())
+        for name, mean in done.means.items():
+            torch.testing.assert_close(again.means[name], mean, rtol=1e-6, atol=1e-8)  # losses are fp32
+        for name, grad in whole.items():
+            torch.testing.assert_close(parts[name], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("depths", [1, 3])
+def test_counts_are_foretold(depths: int) -> None:
+    ids = torch.from_numpy(BYTES[:65].astype(np.int64))
+    targets = ids[1:].clone()
+    targets[torch.tensor([3, 4, 5, 40])] = data.IGNORE
+    sample = Sample(ids[:-1], targets, (17, 1, 30, 16))
+    recipe = replace(QUICK, stages=(sparse(1.0, 32, 1),), mtp_depths=depths, balance_weight=0.1, late=0.5)
+    expected, model = losses.counts(sample, depths), build()
+    for step in (0, 3):
+        tv = replace(recipe, late_drafts="total_variation")
+        for name, (_, count) in objective.terms(model, sample, tv, step)[0].items():
+            assert count == expected["mtp_tv" if name == "mtp" and step else name], name
 
 
 def test_gradients_of_an_objective_are_those_of_finite_steps() -> None:
     """Through masked attention and experts: the loss falls by |g|² times a small step along -g."""
     model = build(initializer_range=0.1)
-    recipe = always("sparse", indexer_every=9)
-    ids = next(windows(TEXT, recipe))
-    objective = []
+    recipe = replace(QUICK, stages=(sparse(1.0, 32, indexer_every=9),))
+    values = []
     for _ in range(2):
-        terms = train_step(model, ids, recipe, 1)
-        objective.append(float(terms["loss"]) + 0.3 * float(terms["mtp"]))
+        model.zero_grad()
+        terms = backward(model, draw(), recipe, 1).means
+        values.append(float(terms["loss"]) + 0.3 * float(terms["mtp"]))
         slope = 0.0
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if ".gate.weight" not in name and parameter.grad is not None:  # a step there may flip a choice
                     slope += float(parameter.grad.square().sum())
                     parameter -= 2e-5 * parameter.grad
-        if len(objective) == 1:
+        if len(values) == 1:
             expected = 2e-5 * slope
-    assert objective[0] - objective[1] == pytest.approx(expected, rel=0.05)
+    assert values[0] - values[1] == pytest.approx(expected, rel=0.05)
 
 
 # ------------------------------------------------------------------------------- balance
 def test_balance_bias_moves_the_right_way() -> None:
     model = build()
     router = model.model.layers[2].mlp.gate  # 8 experts
-    tape = Tape()
-    tape.experts[2] = torch.tensor([[0, 1]] * 10 + [[2, 3]] * 5 + [[3, 4]] * 1)  # loads 10 10 5 6 1 0 0 0, mean 4
-    balance(model, tape, 0.25)
+    balance(model, {2: torch.tensor([10, 10, 5, 6, 1, 0, 0, 0])}, 0.25)  # mean 4
     assert router.e_score_correction_bias.tolist() == [-0.25] * 4 + [0.25] * 4
-    tape.experts[2] = torch.arange(8).repeat(3)[:, None]
-    balance(model, tape, 0.25)  # even loads leave it alone
+    balance(model, {2: torch.full((8,), 3)}, 0.25)  # even loads leave it alone
     assert router.e_score_correction_bias.tolist() == [-0.25] * 4 + [0.25] * 4
     assert not model.model.layers[1].mlp.gate.e_score_correction_bias.any()
 
@@ -278,11 +328,9 @@ def test_balance_evens_out_a_crooked_router() -> None:
         layer.mlp.gate.weight[0] += 0.05  # everyone's favourite
 
     def heaviest() -> float:
-        _, ids = layer.mlp(x)
-        tape = Tape()
-        tape.experts[1] = ids
-        balance(model, tape, 0.01)
-        return float(torch.bincount(ids.flatten(), minlength=8).max() / (ids.numel() / 8))
+        load = torch.bincount(layer.mlp(x)[1].flatten(), minlength=8)
+        balance(model, {1: load}, 0.01)
+        return float(load.max() / load.float().mean())
 
     loads = [heaviest() for _ in range(100)]
     assert loads[0] > 3  # of at most 4: each token chooses two different experts of eight
@@ -291,7 +339,7 @@ def test_balance_evens_out_a_crooked_router() -> None:
 
 def test_every_moe_layer_is_balanced_the_mtp_layer_too() -> None:
     model = build()
-    train_step(model, next(windows(TEXT, QUICK)), always("dense"), 0)
+    train(model, TEXT, always("dense", steps=1))
     for layer in (1, 2, 3, 4):
         assert model.model.layers[layer].mlp.gate.e_score_correction_bias.any(), layer
 
@@ -302,8 +350,8 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[GLM, list[dict
     """tiny after 200 steps on one sentence of 196 bytes, a few seconds on one core; and its log."""
     log = tmp_path_factory.mktemp("log") / "train.jsonl"
     model = build()
-    recipe = Recipe(steps=200, batch=4, length=64, sparse_length=64, dense=0.7, warmup=0.1, rate=1e-2)
-    train(model, TEXT, recipe, log)
+    stages = (dense(0.7, 64), indexer_warmup(0.1, 64), sparse(0.2, 64))
+    train(model, TEXT, Recipe("tiny", steps=200, tokens=256, stages=stages, rate=1e-2), Keep(log))
     return model, [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -325,10 +373,10 @@ def test_tiny_learns_a_sentence_by_heart(overfitted: tuple[GLM, list[dict[str, f
 def test_indexers_learn_where_attention_looks(overfitted: tuple[GLM, list[dict[str, float]]]) -> None:
     """The warmed-up indexers' KL against the model's attention is far below that of random ones."""
     model, _ = overfitted
-    ids = torch.from_numpy(BYTES[:65].astype(np.int64))[None]
+    sample = Sample.of(torch.from_numpy(BYTES[:65].astype(np.int64))[None])
 
     def kl(of: GLM) -> float:
-        return float(train_step(of, ids, always("warmup"), 0)["kl"])
+        return float(backward(of, sample, always("warmup"), 0).means["kl"])
 
     fresh = GLM(model.config)
     fresh.load_state_dict(model.state_dict())
@@ -342,7 +390,7 @@ def test_training_is_repeatable() -> None:
     states = []
     for seed in (0, 0, 1):
         model = build()
-        train(model, TEXT, Recipe(**(vars(QUICK) | {"dense": 0.5, "warmup": 0.25, "seed": seed})))
+        train(model, TEXT, replace(QUICK, seed=seed))
         states.append(model)
     assert moved(state(states[0]), states[1]) == set()
     assert moved(state(states[0]), states[2])
@@ -352,7 +400,7 @@ def test_training_is_repeatable() -> None:
 def test_shared_indexers_are_for_the_shared_layers_and_move_nothing() -> None:
     model = build()
     before = state(model)
-    extra = shared_indexers(model, TEXT, Recipe(**(vars(QUICK) | {"steps": 40})))
+    extra = shared_indexers(model, TEXT, replace(QUICK, steps=40))
     assert moved(before, model) == set()
     names = {name.split(".indexer.")[0] for name in extra}
     assert names == {"model.layers.1.self_attn", "model.layers.3.self_attn"}
@@ -370,7 +418,7 @@ def test_an_all_full_model_needs_no_shared_indexers() -> None:
 
 
 def test_run_writes_what_load_reads(tmp_path: Path) -> None:
-    trainer.run("tiny", TEXT, QUICK, tmp_path / "out")
+    run(TEXT, None, QUICK, tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.tokenizer.encode("é") == [0xC3, 0xA9]
     assert model.module.lm_head.weight.bfloat16().float().equal(model.module.lm_head.weight)
@@ -384,8 +432,8 @@ def test_run_writes_what_load_reads(tmp_path: Path) -> None:
 def test_run_on_a_dataset_takes_its_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(SENTENCE)
     data.write([tmp_path / "a.txt"], tmp_path / "data", tokenizer="bpe:300")
-    tokens, tokenizer = trainer.corpus(tmp_path / "data")
-    trainer.run("tiny", tokens, QUICK, tmp_path / "out", tokenizer)
+    tokens, held, tokenizer = corpus(tmp_path / "data")
+    run(tokens, held, QUICK, tmp_path / "out", tokenizer)
     model = load(tmp_path / "out")
     assert model.config.vocab_size == model.tokenizer.vocab_size == 300
     ids = tokens.read(0, 20).tolist()
@@ -399,15 +447,15 @@ def test_run_refuses_before_it_writes(tmp_path: Path) -> None:
         ("tiny", Tokens.of(BYTES[:32]), InputError, "text holds 32 tokens"),
     ):
         with pytest.raises(kind, match=words):
-            trainer.run(preset, text, QUICK, tmp_path / "out")
+            run(text, None, replace(QUICK, preset=preset), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_overwrites_nothing(tmp_path: Path) -> None:
     """Neither an earlier model nor its indexers, which beside other weights would be a lie."""
-    trainer.run("tiny", TEXT, QUICK, tmp_path)
+    run(TEXT, None, QUICK, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert SHARED_INDEXERS in before
     with pytest.raises(InputError, match="not empty; expected a new directory"):
-        trainer.run("tiny", TEXT, QUICK, tmp_path)
+        run(TEXT, None, QUICK, tmp_path)
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}

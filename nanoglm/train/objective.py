@@ -1,0 +1,134 @@
+"""What one step minimises: a stage's loss terms over a sample, each as (sum, count), weighted and added exactly over
+the parts of a step (and, beyond one machine, over its ranks).
+
+Shape legend: T tokens of the packed sample, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanoglm.model import GLM, BatchStore, Output, Tape
+from nanoglm.model.indexer import IndexerInputs
+from nanoglm.model.moe import MoE
+from nanoglm.train import losses
+from nanoglm.train.data import Sample
+from nanoglm.train.recipe import Recipe, Stage
+
+Sum = tuple[Tensor, int]
+Total = Callable[[Tensor], Tensor]  # of a tensor over all ranks
+
+
+@dataclass
+class Done:
+    """What a step found: mean losses by name, and how often each expert of a layer was chosen, [E]."""
+
+    means: dict[str, Tensor] = field(default_factory=dict)
+    loads: dict[int, Tensor] = field(default_factory=dict)
+
+
+def backward(model: GLM, sample: Sample, recipe: Recipe, step: int, total: Total = lambda x: x) -> Done:
+    """Forward and backward of one step's sample, part by part; the gradients are those of the whole at once.
+
+    Args:
+        total: adds a tensor over the ranks that share the step.
+    """
+    stage, late = recipe.stage(step), recipe.is_late(step)
+    weights = {
+        "loss": 1.0,
+        "mtp": recipe.late_mtp_weight if late else recipe.mtp_weight,
+        "balance": recipe.balance_weight,
+        "kl": 1.0,
+    }
+    parts, done = sample.split(recipe.pass_tokens), Done()
+    counts = _counts(parts, stage, recipe, late, total)
+    for part in parts:
+        found, tape = terms(model, part, recipe, step)
+        means = {name: value / counts[name] for name, (value, _) in found.items()}
+        objective = torch.stack([weights[name] * mean for name, mean in means.items() if mean.requires_grad]).sum()
+        objective.backward()
+        for name, mean in means.items():
+            done.means[name] = done.means.get(name, 0.0) + mean.detach()
+        for layer, ids in tape.experts.items():
+            experts = tape.scores[layer].shape[1]
+            done.loads[layer] = done.loads.get(layer, 0) + torch.bincount(ids.flatten(), minlength=experts)
+    done.means = {name: total(mean) for name, mean in done.means.items()}
+    done.loads = {layer: total(load) for layer, load in done.loads.items()}
+    return done
+
+
+def _counts(parts: list[Sample], stage: Stage, recipe: Recipe, late: bool, total: Total) -> dict[str, int]:
+    """Of each term over the whole step; at least 1, so that a step without a target divides by something."""
+    each = [losses.counts(part, recipe.mtp_depths) for part in parts]
+    names = list(each[0])
+    sums = total(torch.tensor([sum(count[name] for count in each) for name in names]))
+    found = {name: max(1, int(n)) for name, n in zip(names, sums, strict=True)}
+    if late and recipe.late_drafts == "total_variation" and stage.backbone:
+        found["mtp"] = found["mtp_tv"]
+    return found
+
+
+def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[str, Sum], Tape]:
+    """One forward pass with the loss terms of the step's stage; what nothing is to learn from has no gradient."""
+    stage = recipe.stage(step)
+    index = stage.indexer_every > 0 and step % stage.indexer_every == 0
+    tape = Tape(indexers=index)
+    output = model(sample.ids, sample.batch, BatchStore(), attention=stage.attention, tape=tape)
+    found = {"loss": losses.cross_entropy(model, output.hidden, sample.targets)}
+    if model.config.num_nextn_predict_layers:
+        variation = recipe.is_late(step) and recipe.late_drafts == "total_variation" and stage.backbone
+        found["mtp"] = (losses.total_variation if variation else losses.mtp)(model, output, sample, recipe.mtp_depths)
+    if stage.backbone and tape.experts and recipe.balance_weight:
+        found["balance"] = balance_loss(tape, sample)
+    if index:
+        found["kl"] = indexer_loss(model, output, tape, sample, sparse=stage.attention != "dense")
+    if not stage.backbone:
+        found = {name: (value if name == "kl" else value.detach(), n) for name, (value, n) in found.items()}
+    return found, tape
+
+
+def balance_loss(tape: Tape, sample: Sample) -> Sum:
+    """Mean over the layers that have experts."""
+    found = [losses.balance(tape.scores[layer], ids, sample) for layer, ids in tape.experts.items()]
+    return torch.stack([value for value, _ in found]).mean(), found[0][1]
+
+
+def indexer_loss(model: GLM, output: Output, tape: Tape, sample: Sample, *, sparse: bool) -> Sum:
+    """Mean KL over all indexers, the MTP layer's included, each against the layers it serves."""
+    config = model.config
+    served = losses.groups(config.full_layers, config.num_hidden_layers)
+    if config.num_nextn_predict_layers:
+        served[config.num_hidden_layers] = range(config.num_hidden_layers, config.num_hidden_layers + 1)
+    sums: list[Tensor] = []
+    for first, layers in served.items():
+        selection = output.selections[first] if sparse and first < config.num_hidden_layers else None
+        for rows, length in _runs(sample.counts):
+            inputs = IndexerInputs(*(x[rows] for x in tape.indexer[first]))
+            teachers = [(q[rows], k[rows]) for q, k in (tape.attention[layer] for layer in layers)]
+            chosen = None if selection is None else selection[rows]
+            sums.append(losses.indexer_kl(inputs, teachers, length, config.qk_head_dim**-0.5, chosen)[0])
+    return torch.stack(sums).sum() / len(served), len(sample.ids)
+
+
+def _runs(counts: tuple[int, ...]) -> Iterator[tuple[slice, int]]:
+    """Rows of neighbouring sequences of one length, and that length."""
+    begin = 0
+    for i, n in enumerate(counts):
+        end = sum(counts[: i + 1])
+        if i + 1 == len(counts) or counts[i + 1] != n:
+            yield slice(begin, end), n
+            begin = end
+
+
+@torch.no_grad()
+def balance(model: GLM, loads: dict[int, Tensor], rate: float) -> None:
+    """Auxiliary-loss-free balance: the bias of an overloaded expert falls, of an idle one rises."""
+    for layer, load in loads.items():
+        moe = model.model.layers[layer].get_submodule("mlp")
+        assert isinstance(moe, MoE)
+        load = load.float()
+        moe.gate.e_score_correction_bias += rate * (load.mean() - load).sign()
