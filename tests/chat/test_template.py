@@ -252,8 +252,10 @@ def test_tools_are_printed_in_their_order_without_the_wrapper() -> None:
     tools = [function(z="é</x>", name="f", description=None, strict=False, parameters=nested), deferred]
     line = '{"z": "é</x>", "name": "f", "description": null, "parameters": {"strict": 1, "defer_loading": 2}}'
     assert f"\n<tools>\n{line}\n</tools>\n" in TEMPLATE.render([user("q")], tools)
-    found = TEMPLATE.render([tool([{"type": "tool_reference", "name": "g"}])], tools)
-    assert found.endswith('<tool_response><tools>\n{"name": "g"}\n</tools></tool_response>')
+    for declared in (deferred, function(name="g", defer_loading=True), {"defer_loading": True, "name": "g"}):
+        found = TEMPLATE.render([tool([{"type": "tool_reference", "name": "g"}])], [tools[0], declared])
+        assert f"\n<tools>\n{line}\n</tools>\n" in found
+        assert found.endswith('<tool_response><tools>\n{"name": "g"}\n</tools></tool_response>')
     assert TEMPLATE.render([user("q")], []) == TEMPLATE.render([user("q")])
 
 
@@ -264,6 +266,8 @@ def test_only_the_last_user_decides_what_is_cleared() -> None:
         "<|user|>a<|assistant|><think></think>b<|user|>a<|assistant|><think>R</think>b"
     )
     assert TEMPLATE.render([assistant("b", think="R")]).endswith("<think>R</think>b")  # no user at all
+    assert TEMPLATE.render(messages, clear_thinking=True) == TEMPLATE.render(messages)
+    assert TEMPLATE.render(messages, enable_thinking=True) == TEMPLATE.render(messages)
 
 
 def test_inline_reasoning_lies_between_the_last_opening_and_the_first_closing() -> None:
@@ -271,6 +275,16 @@ def test_inline_reasoning_lies_between_the_last_opening_and_the_first_closing() 
     assert text.endswith("<|assistant|><think> R </think>c")
     text = TEMPLATE.render([assistant(" a</think>b ", think="R")])  # reasoning is there: content stays whole
     assert text.endswith("<think>R</think>a</think>b")
+    assert TEMPLATE.render([assistant("a</think>b", think="")]).endswith("<think></think>a</think>b")
+
+
+def test_nulls_are_as_good_as_absent() -> None:
+    messages = [assistant("a") | {"tool_calls": None}, assistant("", {"name": "f", "arguments": None})]
+    text = TEMPLATE.render([*messages, tool([{"type": "tool_reference", "name": "g"}])])
+    assert text.endswith(
+        "<think></think>a<|assistant|><think></think><tool_call>f</tool_call>"
+        "<|observation|><tool_response><tools>\n</tools></tool_response>"
+    )
 
 
 def test_other_media_and_parts() -> None:
