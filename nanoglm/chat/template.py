@@ -77,7 +77,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         **switches: Any,
     ) -> str:
-        """The text of a conversation, byte for byte what transformers makes of it; see :func:`normalise` before.
+        """The text of a conversation, as the template prints it: null content too, see :func:`normalise` for that.
 
         Args:
             messages: ``role`` (system, user, assistant, tool; others are left out), ``content`` (text or parts),
@@ -105,6 +105,8 @@ class ChatTemplate:
         **options: Any,
     ) -> list[int]:
         """Ids of a conversation, normalised: the template's markup as control tokens, everything else as plain text.
+
+        A template that searches contents for markup finds none; reasoning is taken out of them before.
 
         Args:
             options: as of :meth:`render`.

@@ -220,13 +220,14 @@ def test_a_checkpoints_own_template_decides_what_its_prompt_supplies() -> None:
 def test_files_of_conversations_and_of_questions(tmp_path: Path) -> None:
     lines = [
         {"messages": [user("a")], "id": 3},
-        {"question": "How many?", "answer": "It is 1+1=<<1+1=2>>2.\nSo 2*3=<<2*3=6>>6.\n#### 6"},
+        {"question": "How many?", "answer": "It is 1+1=<<1+1=2>>2, é.\nSo 2*3=<<2*3=6>>6, 6-0=<<6-0=6>>6.\n#### 6"},
         {"question": "Who?", "answer": "I"},
     ]
-    (tmp_path / "x.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines) + "\n")
+    text = "\ufeff" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
+    (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
     found = list(sft.conversations(tmp_path / "x.jsonl"))
     assert found[0] == lines[0]
-    reply = {"role": "assistant", "reasoning_content": "It is 1+1=2.\nSo 2*3=6.", "content": "6"}
+    reply = {"role": "assistant", "reasoning_content": "It is 1+1=2, é.\nSo 2*3=6, 6-0=6.", "content": "6"}
     assert found[1] == {"messages": [user("How many?"), reply]}
     assert found[2]["messages"][1] == {"role": "assistant", "reasoning_content": "", "content": "I"}
 
