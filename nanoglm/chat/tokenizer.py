@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -120,7 +121,17 @@ class Tokenizer:
         self.is_bytes = _is_byte_tokenizer(backend)
         self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self._bytes: dict[int, bytes] = {}
-        self._markup: re.Pattern[str] | None = None  # made when it is first wanted
+
+    @cached_property
+    def added(self) -> tuple[str, ...]:
+        """The added tokens as they are spelled, the longest first."""
+        names = (token.content for token in self.backend.get_added_tokens_decoder().values())
+        return tuple(sorted(names, key=len, reverse=True))
+
+    @cached_property
+    def markup(self) -> re.Pattern[str]:
+        """Finds added tokens in a text, where :meth:`encode` does."""
+        return re.compile("|".join(map(re.escape, self.added)) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text and of nothing else: no prefix, no end. Added tokens spelled in it become their ids.
@@ -141,11 +152,8 @@ class Tokenizer:
         """Ids of the text alone: an added token spelled in it stays the text that it is. Raises as :meth:`encode`."""
         if self.is_bytes:
             return list(_utf8(text))
-        if self._markup is None:
-            names = sorted((t.content for t in self.backend.get_added_tokens_decoder().values()), key=len, reverse=True)
-            self._markup = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         ids, begin = list[int](), 0
-        for match in self._markup.finditer(text):  # cut behind its first character: no part of it is a token
+        for match in self.markup.finditer(text):  # cut behind its first character: no part of it is a token
             ids += self.encode(text[begin : match.start() + 1])
             begin = match.start() + 1
         return ids + self.encode(text[begin:])
