@@ -289,8 +289,10 @@ def _train(default: Recipe) -> Callable[..., None]:
     """The command, with the recipe whose fields it may override."""
 
     def train(
-        text: Path,
         out: Path,
+        text: Path | None = None,
+        conversations: Path | None = None,
+        init: Path | None = None,
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
         val: float = 0.1,
         resume: bool = False,
@@ -300,8 +302,10 @@ def _train(default: Recipe) -> Callable[..., None]:
         """Train a model: by a recipe (train RECIPE.py ...) or in the usual stages: dense, indexer warm-up, sparse.
 
         Args:
-            text: A UTF-8 file or a folder of .txt files, read as bytes; or a folder that nanoglm data wrote.
             out: The checkpoint directory to write; train.jsonl beside it is the log.
+            text: A UTF-8 file or a folder of .txt files, read as bytes; or a folder that nanoglm data wrote.
+            conversations: For stages that learn from them: a JSONL file of messages, or of question and answer.
+            init: A checkpoint directory to start from; random weights in the preset's shape if left out.
             recipe: What is done and when; each field is an option.
             val: Share of the text, from its end, kept for validation; a dataset has its own.
             resume: Go on with the run that out holds, with the same options; the result is the same to the bit.
@@ -310,11 +314,9 @@ def _train(default: Recipe) -> Callable[..., None]:
         """
         from nanoglm.train.run import corpus, run
 
-        tokens, held, tokenizer = corpus(text, val)
-        run(
-            tokens, held, recipe, out, tokenizer,
-            resume=resume, save_every=save_every, validate_every=validate_every,
-        )  # fmt: skip
+        tokenizer = None if init is None else load(init).tokenizer
+        found = corpus(text, val, conversations, tokenizer)
+        run(found, recipe, out, init, resume=resume, save_every=save_every, validate_every=validate_every)
 
     return train
 

@@ -262,11 +262,17 @@ class GLMConfig:
         return cls.from_dict(raw, latent_norm_eps=latent_norm_eps)
 
     @classmethod
-    def preset(cls, name: str) -> GLMConfig:
-        """One of ``tiny nano recall mini small glm-5 glm-5.2`` (training spec 4)."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}")
-        return cls.from_dict(PRESETS[name])
+    def preset(cls, name: str, **changes: Any) -> GLMConfig:
+        """One of ``tiny nano recall mini small glm-5 glm-5.2`` (training spec 4), or ``d2`` to ``d64``: so many layers,
+        all else in proportion. ``changes`` are keys of config.json.
+
+        Raises:
+            ConfigError: no such preset, or changes that do not go together.
+        """
+        depth = int(name[1:]) if name[:1] == "d" and name[1:].isdecimal() else 0
+        if name not in PRESETS and not 2 <= depth <= 64:
+            raise ConfigError(f"preset {name!r} is unknown; expected one of {', '.join(PRESETS)}, or d2 to d64")
+        return cls.from_dict((PRESETS[name] if name in PRESETS else dial(depth)) | changes)
 
     def replace(self, **changes: Any) -> GLMConfig:
         """A copy with some fields changed, validated again."""
@@ -410,6 +416,15 @@ def _preset(
         "intermediate_size": dense_width, "rope_parameters": {"rope_theta": 8_000_000, "rope_type": "default"},
         "max_position_embeddings": 1_048_576, "rms_norm_eps": 1e-6, **rest,
     }  # fmt: skip
+
+
+def dial(depth: int) -> dict[str, Any]:
+    """The shape of ``mini`` at any depth: 48 of width a layer, in heads of 64."""
+    hidden = 64 * max(2, round(depth * 48 / 64))
+    return _preset(
+        16_384, hidden, depth, 1, hidden // 64, (hidden // 2, hidden // 4), (48, 16, 64), (8, 64, 256), (4, 3),
+        (32, 4, 1, hidden // 2), 3 * hidden,
+    )  # fmt: skip
 
 
 # End ids of the byte tokenizer: <|endoftext|>, <|user|>, <|observation|> (serving spec 1.1).

@@ -65,7 +65,8 @@ class Recipe:
         InputError: a value out of range, or stages whose shares are not 1 together.
     """
 
-    preset: str = "nano"
+    preset: str = "nano"  # or d2 to d64, the dial: so many layers and all else in proportion
+    depth: int | None = None  # layers, if not the preset's; all else stays, the schedule goes on by its rule
     steps: int = 2000
     tokens: int = 4096  # a step
     pass_tokens: int | None = None  # of one forward pass at most; the rest of a step is accumulated. None: all

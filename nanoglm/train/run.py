@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import save_file
 
-from nanoglm.api import Model
+from nanoglm.api import Model, load
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
-from nanoglm.config import GLMConfig
+from nanoglm.config import PRESETS, GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.train.checkpoint import NUMBERS
-from nanoglm.train.data import Tokens
+from nanoglm.train.data import Source, Tokens, Windows
 from nanoglm.train.recipe import Recipe
+from nanoglm.train.sft import Conversations, Document, samples
+from nanoglm.train.sft import conversations as read_conversations
 from nanoglm.train.trainer import Keep, shared_indexers, train
 from nanoglm.train.validate import Validation
 from nanoglm.weights import SHARED_INDEXERS
@@ -24,6 +27,7 @@ from nanoglm.weights import SHARED_INDEXERS
 TRAINING = "training"  # of a run that is not finished, inside its directory
 LOG = "train.jsonl"
 END_OF_TEXT = 256  # <|endoftext|> of the byte tokenizer
+ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # generation stops there (serving spec 1.1)
 
 
 def read_text(path: Path) -> np.ndarray:
@@ -41,31 +45,77 @@ def read_text(path: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def corpus(path: Path, val: float = 0.1) -> tuple[Tokens, Tokens, Tokenizer]:
-    """What to train on and what to validate with: a dataset of ``nanoglm data``, or text as bytes, cut at ``val``."""
-    if (path / "dataset.json").is_file():
-        return Tokens(path), Tokens(path, "val"), Tokenizer.from_file(path / "tokenizer.json")
-    if not 0 <= val < 1:
-        raise InputError(f"val is {val}; expected a share, 0 or more and below 1")
-    ids = read_text(path)
-    border = len(ids) - round(len(ids) * val)
-    return Tokens.of(ids[:border]), Tokens.of(ids[border:]), byte_tokenizer()
+@dataclass(frozen=True)
+class Corpus:
+    """What a run learns from and is validated with, in one tokenizer's ids."""
+
+    tokenizer: Tokenizer
+    text: Tokens | None = None
+    val: Tokens | None = None
+    conversations: list[Document] | None = None
+
+    def sources(self, seed: int) -> dict[str, Source]:
+        """By what a stage calls its data."""
+        found: dict[str, Source] = {}
+        if self.text is not None:
+            found["text"] = Windows(self.text, seed)
+        if self.conversations is not None:
+            found["conversations"] = Conversations(self.conversations, seed)
+        return found
+
+
+def corpus(
+    text: Path | None, val: float = 0.1, conversations: Path | None = None, tokenizer: Tokenizer | None = None
+) -> Corpus:
+    """Reads a dataset of ``nanoglm data`` or text as bytes, whose last share ``val`` is held out; and conversations.
+
+    Args:
+        tokenizer: of the model to go on with; else the dataset's, or bytes.
+
+    Raises:
+        InputError: neither is given, one cannot be read, or the dataset is another tokenizer's.
+    """
+    if text is None and conversations is None:
+        raise InputError("text and conversations are both missing; expected one of them")
+    own, held, found = None, None, tokenizer
+    if text is not None and (text / "dataset.json").is_file():
+        own, held, found = Tokens(text), Tokens(text, "val"), Tokenizer.from_file(text / "tokenizer.json")
+    elif text is not None:
+        if not 0 <= val < 1:
+            raise InputError(f"val is {val}; expected a share, 0 or more and below 1")
+        ids, found = read_text(text), byte_tokenizer()
+        border = len(ids) - round(len(ids) * val)
+        own, held = Tokens.of(ids[:border]), Tokens.of(ids[border:])
+    found = found or byte_tokenizer()
+    if tokenizer is not None and found.vocab_size != tokenizer.vocab_size:
+        raise InputError(f"text has {found.vocab_size} tokens; expected the model's {tokenizer.vocab_size}")
+    documents = None
+    if conversations is not None:
+        documents = [d for c in read_conversations(conversations) for d in samples(c, found)]
+    return Corpus(found, own, held, documents)
 
 
 def config_of(recipe: Recipe, tokenizer: Tokenizer) -> GLMConfig:
-    """The recipe's shape with the tokenizer's vocabulary. Raises InputError if a byte vocabulary does not fit."""
-    config = GLMConfig.preset(recipe.preset)
-    if not tokenizer.is_bytes:
-        return config.replace(vocab_size=tokenizer.vocab_size)
-    if config.vocab_size != tokenizer.vocab_size:
+    """The recipe's shape with the tokenizer's vocabulary and the tokens that end its texts.
+
+    Raises:
+        InputError: bytes, with a preset whose vocabulary is another.
+    """
+    changes = {"num_hidden_layers": recipe.depth} if recipe.depth else {}
+    config = GLMConfig.preset(recipe.preset, **changes)
+    if tokenizer.is_bytes and recipe.preset in PRESETS and config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"preset {recipe.preset} has vocabulary {config.vocab_size}; expected the byte tokenizer's 320"
         )
-    return config
+    ends = [tokenizer.encode(token) for token in ENDS]
+    return config.replace(
+        vocab_size=tokenizer.vocab_size, eos_token_id=tuple(ids[0] for ids in ends if len(ids) == 1),
+        pad_token_id=ends[0][0] if len(ends[0]) == 1 else None,
+    )  # fmt: skip
 
 
 def run(
-    text: Tokens, val: Tokens | None, recipe: Recipe, out: Path, tokenizer: Tokenizer | None = None, *,
+    data: Corpus, recipe: Recipe, out: Path, init: Path | None = None, *,
     resume: bool = False, save_every: int = 500, validate_every: int = 200,
 ) -> None:  # fmt: skip
     """Trains a recipe and writes checkpoint directory, log and shared indexers into ``out``.
@@ -73,30 +123,37 @@ def run(
     Until the end the run is kept in ``out/training``.
 
     Args:
-        val: what to validate with; nothing if it holds no window of the last stage.
-        tokenizer: of the text, bytes if left out. The model gets its vocabulary, if that is larger than bytes.
+        init: a checkpoint directory to start from, instead of random weights in the preset's shape.
         resume: go on with the run that ``out`` holds.
 
     Raises:
-        InputError: the preset's vocabulary is not the byte tokenizer's, the text is too short, ``out`` is not empty or,
-            to resume, holds no run or that of another recipe.
+        InputError: the preset's vocabulary is not the byte tokenizer's, a stage's data is missing or too short, ``out``
+            is not empty or, to resume, holds no run or that of another recipe.
     """
-    tokenizer = tokenizer or byte_tokenizer()
-    config = config_of(recipe, tokenizer)
-    longest = max(stage.length for stage in recipe.stages)
-    if len(text) <= longest:  # found now, not when the last stage begins
-        raise InputError(f"text holds {len(text)} tokens; expected more than one window of {longest}")
+    sources = data.sources(recipe.seed)
+    for stage in recipe.stages:  # found now, not when the last stage begins
+        if stage.data not in sources:
+            raise InputError(f"{stage.data} is missing; expected some for stage {stage.name}")
+        if stage.data == "text" and data.text is not None and len(data.text) <= stage.length:
+            raise InputError(
+                f"text holds {len(data.text)} tokens; expected more than one window of {stage.length} for stage "
+                f"{stage.name}"
+            )
     training = out / TRAINING
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
     if resume and not (training / NUMBERS).is_file():
         raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
-    model = GLM(config).initialise(recipe.seed)
+    if init is None:
+        model = GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed)
+    else:
+        model = load(init).module.train()
     length = recipe.stages[0].length
-    validation = Validation(val, length, depths=recipe.mtp_depths) if val is not None and len(val) > length else None
-    train(model, text, recipe, Keep(out / LOG, 20, training, save_every, validation, validate_every))
-    Model(model, tokenizer).save(out)
-    extra = shared_indexers(model, text, recipe)
+    val = Validation(data.val, length, depths=recipe.mtp_depths) if data.val is not None else None
+    val = val if val is not None and val.samples() else None
+    train(model, sources, recipe, Keep(out / LOG, 20, training, save_every, val, validate_every))
+    Model(model, data.tokenizer).save(out)
+    extra = {} if data.text is None else shared_indexers(model, data.text, recipe)
     if extra:
         partial = out / f".{SHARED_INDEXERS}"
         save_file(extra, partial, metadata={"format": "pt"})

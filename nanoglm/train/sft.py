@@ -20,18 +20,16 @@ import re
 import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nanoglm.chat.template import ChatTemplate, normalise
 from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.errors import InputError
-from nanoglm.train.losses import IGNORE
+from nanoglm.train.data import IGNORE, Sample
 
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # the tokens that generation ends with
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -77,7 +75,7 @@ def _gsm8k(question: str, answer: str) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------- samples
-class Sample(NamedTuple):
+class Document(NamedTuple):
     """One document: ids and labels, int64 [n] both. A label is the id itself where it is learned, else -100."""
 
     ids: np.ndarray
@@ -86,7 +84,7 @@ class Sample(NamedTuple):
 
 def samples(
     conversation: Mapping[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None = None
-) -> list[Sample]:
+) -> list[Document]:
     """What is learned from one conversation.
 
     Args:
@@ -117,7 +115,7 @@ def samples(
 def _sample(
     messages: list[dict[str, Any]], tools: Any, switches: dict[str, Any], last_turn: bool, tokenizer: Tokenizer,
     template: ChatTemplate,
-) -> Sample:  # fmt: skip
+) -> Document:  # fmt: skip
     """The conversation so far, with what ends the assistant's last message; learned from the last user on, or all."""
     ids = template.encode(tokenizer, messages, tools, **switches)
     prompt = template.encode(tokenizer, messages, tools, add_generation_prompt=True, **switches)[len(ids) :]
@@ -140,7 +138,7 @@ def _sample(
             at += 1
             if ids[at - 1] in stops:
                 break
-    return Sample(np.array(ids, np.int64), labels)
+    return Document(np.array(ids, np.int64), labels)
 
 
 def _id(tokenizer: Tokenizer, token: str) -> int:
@@ -174,83 +172,58 @@ def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-class Rows(NamedTuple):
-    """Packed samples, int64 [B, L + 1] each.
+class Conversations:
+    """A source of packed documents: a row holds whole ones side by side, each a sequence of its own, so nothing is padded
+    and none sees another. Packed once for each length; rows come in an order that is drawn anew each epoch.
 
-    Attributes:
-        ids: of whole samples side by side, then padding.
-        labels: the ids that are learned, -100 elsewhere. The target of token t is label t + 1; the first label of a
-            document is -100, so the last token of one learns nothing of the next.
-        documents: 0, 1, ... within a row; padding counts as one more.
-    """
-
-    ids: Tensor
-    labels: Tensor
-    documents: Tensor
-
-
-@dataclass
-class PackedLoader:
-    """Rows of ``length`` + 1 tokens in an order that is drawn anew each epoch; samples are packed once.
-
-    A sample longer than a row loses its end: each token that is left has its whole context still, so nothing wrong is
+    A document longer than a row loses its end: each token that is left has its whole context still, so nothing wrong is
     learned, and one long conversation does not stop a run. It goes if nothing to learn is left. A warning counts both.
-
-    The state is (epoch, position), as that of :class:`nanoglm.train.data.Loader`. All samples are held in memory.
-
-    Args:
-        pad: id behind the last sample of a row; the configuration's ``pad_token_id``, <|endoftext|>.
-
-    Raises:
-        InputError: no sample is left.
     """
 
-    samples: Sequence[Sample]
-    length: int
-    pad: int
-    seed: int = 0
-    epoch: int = 0
-    position: int = 0  # rows of this epoch that were given out
+    def __init__(self, documents: Sequence[Document], seed: int = 0) -> None:
+        self.documents, self.seed = documents, seed
+        self.at: dict[int, tuple[int, int]] = {}  # by length: epoch, and rows of it that were given out
+        self._packed: dict[int, list[list[Document]]] = {}
+        self._drawn: tuple[int, int, np.ndarray] | None = None
 
-    def __post_init__(self) -> None:
-        width = self.length + 1
-        kept = [Sample(s.ids[:width], s.labels[:width]) for s in self.samples]
-        kept = [s for s in kept if (s.labels != IGNORE).any()]
-        cut, gone = sum(len(s.ids) > width for s in self.samples), len(self.samples) - len(kept)
-        if cut:
-            warnings.warn(
-                f"{cut} of {len(self.samples)} samples are longer than {width} tokens: {cut - gone} were cut, "
-                f"{gone} had nothing to learn within",
-                stacklevel=3,
-            )
-        if not kept:
-            raise InputError(f"no sample teaches anything within {width} tokens; expected a longer row or other data")
-        self.samples = kept
-        self.rows = best_fit([len(s.ids) for s in kept], width)
-        self._drawn: tuple[int, np.ndarray] | None = None
+    def take(self, length: int, count: int) -> Sample:
+        """The next ``count`` rows of at most ``length`` tokens. Raises InputError if none teaches anything."""
+        found: list[Document] = []
+        for _ in range(count):
+            epoch, position = self.at.get(length, (0, 0))
+            rows = self._rows(length)
+            found += rows[self._order(length, epoch, len(rows))[position]]
+            self.at[length] = (epoch, position + 1) if position + 1 < len(rows) else (epoch + 1, 0)
+        ids, targets = np.concatenate([d.ids[:-1] for d in found]), np.concatenate([d.labels[1:] for d in found])
+        return Sample(torch.from_numpy(ids), torch.from_numpy(targets), tuple(len(d.ids) - 1 for d in found))
 
-    def take(self, count: int) -> Rows:
-        """The next ``count`` rows."""
-        ids = np.full((count, self.length + 1), self.pad, np.int64)
-        labels, documents = np.full_like(ids, IGNORE), np.zeros_like(ids)
-        for b in range(count):
-            at = 0
-            for sample in (self.samples[i] for i in self.rows[self._order()[self.position]]):
-                end = at + len(sample.ids)
-                ids[b, at:end], labels[b, at:end] = sample
-                labels[b, at] = IGNORE
-                documents[b, end:] += 1
-                at = end
-            self.position += 1
-            if self.position == len(self.rows):
-                self.epoch, self.position = self.epoch + 1, 0
-        return Rows(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(documents))
+    def state_dict(self) -> dict[str, Any]:
+        return {str(length): list(at) for length, at in self.at.items()}
 
-    def state_dict(self) -> dict[str, int]:
-        """What to make a loader with that goes on from here."""
-        return {"epoch": self.epoch, "position": self.position}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = {int(length): (epoch, position) for length, (epoch, position) in state.items()}
 
-    def _order(self) -> np.ndarray:
-        if self._drawn is None or self._drawn[0] != self.epoch:
-            self._drawn = self.epoch, np.random.default_rng((self.seed, self.epoch)).permutation(len(self.rows))
-        return self._drawn[1]
+    def _rows(self, length: int) -> list[list[Document]]:
+        if length not in self._packed:
+            width = length + 1  # the last id of a document is a target only
+            kept = [Document(d.ids[:width], d.labels[:width]) for d in self.documents]
+            kept = [d for d in kept if (d.labels[1:] != IGNORE).any()]
+            cut, gone = sum(len(d.ids) > width for d in self.documents), len(self.documents) - len(kept)
+            if cut:
+                warnings.warn(
+                    f"{cut} of {len(self.documents)} samples are longer than {width} tokens: {cut - gone} were cut, "
+                    f"{gone} had nothing to learn within",
+                    stacklevel=3,
+                )
+            if not kept:
+                raise InputError(
+                    f"no sample teaches anything within {width} tokens; expected longer rows or other data"
+                )
+            rows = best_fit([len(d.ids) - 1 for d in kept], length)
+            self._packed[length] = [[kept[i] for i in row] for row in rows]
+        return self._packed[length]
+
+    def _order(self, length: int, epoch: int, rows: int) -> np.ndarray:
+        if self._drawn is None or self._drawn[:2] != (length, epoch):
+            self._drawn = length, epoch, np.random.default_rng((self.seed, length, epoch)).permutation(rows)
+        return self._drawn[2]

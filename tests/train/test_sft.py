@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
+import nanoglm
 from nanoglm.chat.template import ChatTemplate
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from nanoglm.cli import main
 from nanoglm.errors import InputError
 from nanoglm.train import sft
-from nanoglm.train.losses import IGNORE
-from nanoglm.train.sft import PackedLoader, Sample, best_fit
+from nanoglm.train.data import IGNORE
+from nanoglm.train.sft import Conversations, Document, best_fit
 
 BYTES = byte_tokenizer()
 MERGED = train_bpe(["the weather of the house, reasoning and the answers of the tools "] * 20, 320)
-END = BYTES.encode("<|endoftext|>")[0]
 GSM8K = Path(__file__).parents[2] / "../shared/data/gsm8k/train.jsonl"
 
 MAX = "[gMASK]<sop><|system|>Reasoning Effort: Max"
@@ -276,74 +276,79 @@ def test_packing_prefers_the_fullest_row() -> None:
     assert best_fit([], 4) == []
 
 
-def documents(*lengths: int) -> list[Sample]:
-    """Document i holds 100 * i, 100 * i + 1, ...; all of it is to be learned, the first token too."""
-    return [Sample(ids, ids.copy()) for ids in (100 * i + np.arange(n) for i, n in enumerate(lengths, 1))]
+def documents(*lengths: int) -> list[Document]:
+    """Of so many ids each, all learned: 100, 101, ... then 200, 201, ..."""
+    ids = [100 * i + np.arange(n) for i, n in enumerate(lengths, 1)]
+    return [Document(x, x.copy()) for x in ids]
 
 
-def test_rows_hold_whole_documents_and_padding() -> None:
-    rows = PackedLoader(documents(6, 3, 7), length=9, pad=END).take(2)
-    assert all(x.dtype == torch.int64 and x.shape == (2, 10) for x in rows)
-    first, second = sorted(range(2), key=lambda b: -int(rows.ids[b, 0]))
-    assert rows.ids[first].tolist() == [300, 301, 302, 303, 304, 305, 306, 200, 201, 202]
-    assert rows.labels[first].tolist() == [IGNORE, 301, 302, 303, 304, 305, 306, IGNORE, 201, 202]
-    assert rows.documents[first].tolist() == [0] * 7 + [1] * 3
-    assert rows.ids[second].tolist() == [100, 101, 102, 103, 104, 105] + [END] * 4
-    assert rows.labels[second].tolist() == [IGNORE, 101, 102, 103, 104, 105] + [IGNORE] * 4
-    assert rows.documents[second].tolist() == [0] * 6 + [1] * 4
+def test_rows_hold_whole_documents_that_are_sequences_of_their_own() -> None:
+    sample = Conversations(documents(6, 3, 8)).take(7, 2)
+    assert sorted(sample.counts) == [2, 5, 7]  # 7 alone, 5 and 2 share a row
+    for ids, targets in zip(sample.ids.split(sample.counts), sample.targets.split(sample.counts), strict=True):
+        assert targets.tolist() == [int(i) + 1 for i in ids] and ids[0] % 100 == 0
+    assert sample.batch.positions.tolist() == [t for n in sample.counts for t in range(n)]
 
 
-def test_no_target_crosses_a_document() -> None:
-    """Also two tokens on, as MTP predicts: a conversation begins with markup that nobody learns."""
-    messages = [user("q"), assistant("a", "r")]
-    samples = [s for _ in range(5) for s in sft.samples({"messages": messages}, BYTES)]
-    rows = PackedLoader(samples, length=2 * len(samples[0].ids) + 6, pad=END).take(2)
-    learned = rows.labels != IGNORE
-    assert torch.equal(rows.labels[learned], rows.ids[learned])
-    for ahead in (1, 2):
-        crossing = rows.documents[:, ahead:] != rows.documents[:, :-ahead]
-        assert crossing.any() and not (learned[:, ahead:] & crossing).any()
-    assert (rows.ids[~learned & (rows.documents == 2)] == END).all()
+def test_targets_are_the_labels_one_on() -> None:
+    conversation = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    (document,) = sft.samples(conversation, BYTES)
+    sample = Conversations([document]).take(64, 1)
+    assert sample.ids.tolist() == document.ids[:-1].tolist()
+    assert sample.targets.tolist() == document.labels[1:].tolist()
+    assert 0 < int((sample.targets != IGNORE).sum()) < len(sample.targets)
 
 
 def test_long_samples_are_cut_and_counted() -> None:
     ids = np.arange(20)
-    late = Sample(ids, np.where(ids < 15, IGNORE, ids))
-    with pytest.warns(
-        UserWarning, match="2 of 3 samples are longer than 9 tokens: 1 were cut, 1 had nothing"
-    ) as caught:
-        loader = PackedLoader([*documents(12), late, *documents(9)], length=8, pad=END)
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert len(loader.rows) == 2
-    assert loader.take(1).ids.tolist() == [[*range(100, 109)]]
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no sample teaches anything within 9 tokens"):
-        PackedLoader([late], length=8, pad=END)
+    late = Document(ids, np.where(ids < 15, IGNORE, ids))
+    with pytest.warns(UserWarning, match="2 of 3 samples are longer than 9 tokens: 1 were cut, 1 had nothing to learn"):
+        sample = Conversations([*documents(12), late, *documents(9)]).take(8, 2)
+    assert sample.counts == (8, 8)
+    with pytest.raises(InputError, match="no sample teaches anything within 9 tokens"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Conversations([late]).take(8, 1)
 
 
 def test_samples_that_fit_warn_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
-    PackedLoader(documents(9, 9), length=8, pad=END)
-    assert not recwarn
+    Conversations(documents(9, 9)).take(8, 1)
+    assert not recwarn.list
 
 
-@pytest.fixture
-def loader() -> Iterator[PackedLoader]:
-    yield PackedLoader(documents(*[5] * 7), length=9, pad=END, seed=3)  # four rows, one of them half empty
+def firsts(source: Conversations, rows: int) -> list[int]:
+    """The first id of each document of the next rows."""
+    sample = source.take(8, rows)
+    return [int(ids[0]) for ids in sample.ids.split(sample.counts)]
 
 
-def test_every_sample_once_an_epoch_in_a_new_order(loader: PackedLoader) -> None:
-    epochs = [loader.take(4).ids[:, [0, 5]] for _ in range(6)]
-    assert loader.state_dict() == {"epoch": 6, "position": 0}
-    firsts = [sorted(i for i in epoch.flatten().tolist() if i != END) for epoch in epochs]
-    assert firsts == [[100 * i for i in range(1, 8)]] * 6
-    assert len({tuple(epoch.flatten().tolist()) for epoch in epochs}) > 1
-    other = PackedLoader(documents(*[5] * 7), length=9, pad=END, seed=4)
-    assert [other.take(4).ids[:, [0, 5]].tolist() for _ in range(6)] != [epoch.tolist() for epoch in epochs]
+def test_every_sample_once_an_epoch_in_a_new_order() -> None:
+    source, other = Conversations(documents(*[5] * 7), seed=3), Conversations(documents(*[5] * 7), seed=4)
+    epochs = [firsts(source, 4) for _ in range(3)]  # four rows, one of them half empty
+    assert all(sorted(epoch) == [100 * i for i in range(1, 8)] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert firsts(other, 4) != epochs[0]
 
 
-def test_a_loader_goes_on_where_it_stopped(loader: PackedLoader) -> None:
-    for before in range(10):
-        state = loader.state_dict()
-        again = PackedLoader(documents(*[5] * 7), length=9, pad=END, seed=3, **json.loads(json.dumps(state)))
-        assert (state["epoch"], state["position"]) == divmod(before * 3, 4)
-        for ours, theirs in zip(loader.take(3), again.take(3), strict=True):
-            assert torch.equal(ours, theirs)
+def test_a_source_goes_on_where_it_stopped() -> None:
+    source = Conversations(documents(*[5] * 7), seed=3)
+    firsts(source, 6)
+    again = Conversations(documents(*[5] * 7), seed=3)
+    again.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert firsts(again, 5) == firsts(source, 5)
+
+
+# ------------------------------------------------------------------------------- the stage
+def test_a_model_is_tuned_on_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a checkpoint, by the command: it learns the answers, and its text loss alone would not have."""
+    lines = [{"messages": [user(f"{a}+1"), assistant(str(a + 1), f"{a} and one")]} for a in range(1, 9)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    nanoglm.load("tiny").save(tmp_path / "base")
+    options = ["--stages.0.length", "128", "--tokens", "512", "--steps", "30", "--rate", "1e-2", "--warmup", "3"]
+    recipe = str(Path(__file__).parents[2] / "recipes" / "sft.py")
+    command = ["train", recipe, "--conversations", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "out")]
+    main([*command, "--init", str(tmp_path / "base"), *options])
+    log = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert log[-1]["stage"] == "sft" and log[-1]["loss"] < 0.6 * log[0]["loss"]
+    with pytest.raises(SystemExit):
+        main(["train", recipe, "--text", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "no"), *options])
+    assert "conversations is missing; expected some for stage sft" in capsys.readouterr().err

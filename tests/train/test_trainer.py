@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanoglm.api import Model, load
+from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.config import FULL, GLMConfig
 from nanoglm.errors import ConfigError, InputError
 from nanoglm.model import GLM, Attention, BatchStore, Tape
@@ -23,7 +24,7 @@ from nanoglm.train import data, losses, objective
 from nanoglm.train.data import Sample, Tokens, Windows
 from nanoglm.train.objective import backward, balance
 from nanoglm.train.recipe import Recipe, dense, indexer_warmup, long, sparse
-from nanoglm.train.run import corpus, read_text, run
+from nanoglm.train.run import Corpus, corpus, read_text, run
 from nanoglm.train.trainer import Keep, optimizers, shared_indexers, train
 from nanoglm.weights import SHARED_INDEXERS, Checkpoint
 
@@ -33,6 +34,7 @@ SENTENCE = (
 )
 BYTES = np.frombuffer(SENTENCE.encode(), np.uint8).astype(np.uint16)
 TEXT = Tokens.of(BYTES)
+CORPUS = Corpus(byte_tokenizer(), TEXT)
 STAGES = (dense(0.75, 32), indexer_warmup(0.07, 32), sparse(0.18, 32, 1))
 QUICK = Recipe("tiny", steps=4, tokens=64, stages=STAGES, balance_weight=0.0)
 ALWAYS = {"dense": dense(1.0, 32), "warmup": indexer_warmup(1.0, 32), "sparse": sparse(1.0, 32, 1)}
@@ -418,7 +420,7 @@ def test_an_all_full_model_needs_no_shared_indexers() -> None:
 
 
 def test_run_writes_what_load_reads(tmp_path: Path) -> None:
-    run(TEXT, None, QUICK, tmp_path / "out")
+    run(CORPUS, QUICK, tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.tokenizer.encode("é") == [0xC3, 0xA9]
     assert model.module.lm_head.weight.bfloat16().float().equal(model.module.lm_head.weight)
@@ -432,8 +434,9 @@ def test_run_writes_what_load_reads(tmp_path: Path) -> None:
 def test_run_on_a_dataset_takes_its_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(SENTENCE)
     data.write([tmp_path / "a.txt"], tmp_path / "data", tokenizer="bpe:300")
-    tokens, held, tokenizer = corpus(tmp_path / "data")
-    run(tokens, held, QUICK, tmp_path / "out", tokenizer)
+    found = corpus(tmp_path / "data")
+    tokens = found.text
+    run(found, QUICK, tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.config.vocab_size == model.tokenizer.vocab_size == 300
     ids = tokens.read(0, 20).tolist()
@@ -447,15 +450,15 @@ def test_run_refuses_before_it_writes(tmp_path: Path) -> None:
         ("tiny", Tokens.of(BYTES[:32]), InputError, "text holds 32 tokens"),
     ):
         with pytest.raises(kind, match=words):
-            run(text, None, replace(QUICK, preset=preset), tmp_path / "out")
+            run(Corpus(byte_tokenizer(), text), replace(QUICK, preset=preset), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_overwrites_nothing(tmp_path: Path) -> None:
     """Neither an earlier model nor its indexers, which beside other weights would be a lie."""
-    run(TEXT, None, QUICK, tmp_path)
+    run(CORPUS, QUICK, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert SHARED_INDEXERS in before
     with pytest.raises(InputError, match="not empty; expected a new directory"):
-        run(TEXT, None, QUICK, tmp_path)
+        run(CORPUS, QUICK, tmp_path)
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
