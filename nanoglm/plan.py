@@ -6,7 +6,6 @@ architecture spec 5 to 7; every figure is derived, none measured. 1 GB is 10^9 b
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf, prod
@@ -16,6 +15,7 @@ import torch
 
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
+from nanoglm.memory import parse_bytes
 from nanoglm.model import GLM
 from nanoglm.weights import checkpoint_tensors
 from nanoglm.weights.fp8 import scale_shape
@@ -184,20 +184,6 @@ def place(config: GLMConfig, length: int, kind: str, tiers: Sequence[Tier]) -> f
     if any(tier.read and tier.bandwidth is None for tier in tiers):
         return None
     return 1 / max(tier.read / tier.bandwidth for tier in tiers if tier.bandwidth)
-
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_bytes(name: str, text: str | None) -> float | None:
-    """``12GB``, ``64GiB`` or ``504GB/s`` in bytes. Raises InputError."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B(?:/s)?", text.strip())
-    if match is None or not float(match[1]) or (match[3] and not match[2]):
-        raise InputError(f"{name} is {text!r}; expected a size such as 12GB or 64GiB")
-    unit = 1024 ** "KMGT".index(match[2]) * 1024 if match[3] else _UNITS[match[2]]
-    return float(match[1]) * unit
 
 
 def tiers(

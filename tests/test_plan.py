@@ -10,7 +10,8 @@ import pytest
 from nanoglm.cli import main
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
-from nanoglm.plan import FORMATS, parse_bytes, place, plan, tiers
+from nanoglm.memory import parse_bytes
+from nanoglm.plan import FORMATS, place, plan, tiers
 
 MILLION = 1_048_576
 

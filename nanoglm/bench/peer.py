@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nanoglm.bench.shapes import Subject, bench_nano, random_ids
-from nanoglm.bench.timing import peak_memory
+from nanoglm.memory import peak_memory
 
 WARM = 64
 

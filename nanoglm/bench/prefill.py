@@ -14,9 +14,10 @@ from nanoglm.bench.cost import Point, fit, predict, work
 from nanoglm.bench.ops import INDEXER, SQUARE, Case, attending, gemm_name, pairs, products, scoring
 from nanoglm.bench.result import Result, Row
 from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, make, random_ids
-from nanoglm.bench.timing import Parts, Progress, Sample, check_lengths, check_rounds, interleave, parts_of, peak_memory
+from nanoglm.bench.timing import Parts, Progress, Sample, check_lengths, check_rounds, interleave, parts_of
 from nanoglm.config import GLMConfig
 from nanoglm.engine.generate import PREFILL_CHUNK
+from nanoglm.memory import peak_memory
 
 
 def prefill(

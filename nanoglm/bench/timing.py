@@ -1,4 +1,4 @@
-"""Timing in turns, the seconds spent in each op, and peak memory."""
+"""Timing in turns, and the seconds spent in each op."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -102,13 +101,3 @@ def _watched(name: str) -> Iterator[list[float]]:
         yield seconds
     finally:
         setattr(ops, name, run)
-
-
-def peak_memory() -> float | None:
-    """The most memory this process ever held, GB (VmHWM); None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split() for line in lines if line.startswith("VmHWM:")]
-    return int(found[0][1]) * 1024 / 1e9 if found else None
