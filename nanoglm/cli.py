@@ -27,6 +27,7 @@ from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
+from nanoglm.memory import parse_bytes
 from nanoglm.ops import count_work, cpu
 from nanoglm.train.recipe import Recipe
 from nanoglm.verify import Receipt, verify
@@ -295,9 +296,12 @@ def _train(default: Recipe) -> Callable[..., None]:
         init: Path | None = None,
         recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
         val: float = 0.1,
+        fit: str | None = None,
+        device: str = "auto",
         resume: bool = False,
         save_every: int = 500,
         validate_every: int = 200,
+        tensorboard: bool = False,
     ) -> None:
         """Train a model: by a recipe (train RECIPE.py ...) or in the usual stages: dense, indexer warm-up, sparse.
 
@@ -308,15 +312,22 @@ def _train(default: Recipe) -> Callable[..., None]:
             init: A checkpoint directory to start from; random weights in the preset's shape if left out.
             recipe: What is done and when; each field is an option.
             val: Share of the text, from its end, kept for validation; a dataset has its own.
+            fit: Memory to stay within, such as 12GB: accumulates a step in passes whose measured peak fits.
+            device: cpu, cuda, ...; auto takes a GPU where there is one.
             resume: Go on with the run that out holds, with the same options; the result is the same to the bit.
             save_every: Steps between two savings of the run.
             validate_every: Steps between two validations.
+            tensorboard: Write the log for TensorBoard too, into out/tensorboard.
         """
         from nanoglm.train.run import corpus, run
 
         tokenizer = None if init is None else load(init).tokenizer
         found = corpus(text, val, conversations, tokenizer)
-        run(found, recipe, out, init, resume=resume, save_every=save_every, validate_every=validate_every)
+        run(
+            found, recipe, out, init, device=device, budget=parse_bytes("fit", fit),
+            resume=resume, save_every=save_every, validate_every=validate_every,
+            tensorboard=tensorboard,
+        )  # fmt: skip
 
     return train
 
@@ -364,6 +375,18 @@ def bench(verb: Annotated[Verb, tyro.conf.arg(name="")]) -> None:
     """
 
 
+def report(run: Annotated[Path, tyro.conf.Positional], /) -> None:
+    """Draw the log of a training run: report.png and a report.html that needs nothing beside it.
+
+    Args:
+        run: The directory that nanoglm train wrote, finished or not.
+    """
+    from nanoglm.train.report import report as write
+
+    for path in write(run):
+        print(path)
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "demo": demo,
@@ -376,6 +399,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "doctor": doctor,
     "data": data,
     "train": _train(Recipe()),
+    "report": report,
 }
 
 

@@ -80,7 +80,8 @@ def restore(directory: Path, model: GLM, movers: Iterable[torch.optim.Optimizer]
         name, _, kind = key.rpartition(":")
         if name not in by_name:
             raise CheckpointError(f"checkpoint {directory} has optimiser state of {name}, which the model lacks")
-        owner[id(by_name[name])].state[by_name[name]][kind] = value
+        parameter = by_name[name]
+        owner[id(parameter)].state[parameter][kind] = value.to(parameter.device) if value.ndim else value
     return progress
 
 

@@ -323,6 +323,10 @@ class Sample:
         """The geometry that the model asks for."""
         return Batch.contiguous(self.counts, self.ids.device)
 
+    def to(self, device: torch.device | str) -> Sample:
+        """The same on a device."""
+        return Sample(self.ids.to(device), self.targets.to(device), self.counts)
+
     def split(self, tokens: int | None) -> list[Sample]:
         """Its sequences in parts of at most so many tokens (one sequence at least); None: one part."""
         parts: list[list[int]] = [[]]

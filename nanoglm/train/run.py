@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from nanoglm.api import Model, load
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
+from nanoglm.engine import SamplingParams, generate
 from nanoglm.errors import InputError
+from nanoglm.memory import peak_memory
 from nanoglm.model import GLM
 from nanoglm.train.checkpoint import NUMBERS
-from nanoglm.train.data import Source, Tokens, Windows
+from nanoglm.train.data import END_OF_TEXT, Source, Tokens, Windows
+from nanoglm.train.fit import fit
 from nanoglm.train.recipe import Recipe
 from nanoglm.train.sft import Conversations, Document, samples
 from nanoglm.train.sft import conversations as read_conversations
@@ -26,20 +32,19 @@ from nanoglm.weights import SHARED_INDEXERS
 
 TRAINING = "training"  # of a run that is not finished, inside its directory
 LOG = "train.jsonl"
-END_OF_TEXT = 256  # <|endoftext|> of the byte tokenizer
-ENDS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # generation stops there (serving spec 1.1)
+ENDS = (END_OF_TEXT, "<|user|>", "<|observation|>")  # generation stops there (serving spec 1.1)
 
 
 def read_text(path: Path) -> np.ndarray:
     """All ``*.txt`` under ``path`` (or the one file) as byte ids with <|endoftext|> between, uint16."""
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    parts: list[np.ndarray] = []
+    parts, end = list[np.ndarray](), np.array(byte_tokenizer().encode(END_OF_TEXT), np.uint16)
     for file in files:
         try:
             data = file.read_text(encoding="utf-8-sig").encode()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"text {file} cannot be read as UTF-8: {error}") from None
-        parts += [np.frombuffer(data, np.uint8).astype(np.uint16), np.array([END_OF_TEXT], np.uint16)]
+        parts += [np.frombuffer(data, np.uint8).astype(np.uint16), end]
     if not parts:
         raise InputError(f"text {path} holds no .txt file; expected a UTF-8 text file or a folder of them")
     return np.concatenate(parts)
@@ -115,15 +120,25 @@ def config_of(recipe: Recipe, tokenizer: Tokenizer) -> GLMConfig:
 
 
 def run(
-    data: Corpus, recipe: Recipe, out: Path, init: Path | None = None, *,
-    resume: bool = False, save_every: int = 500, validate_every: int = 200,
-) -> None:  # fmt: skip
+    data: Corpus,
+    recipe: Recipe,
+    out: Path,
+    init: Path | None = None,
+    *,
+    device: str = "auto",
+    budget: float | None = None,
+    resume: bool = False,
+    save_every: int = 500,
+    validate_every: int = 200,
+    tensorboard: bool = False,
+) -> None:
     """Trains a recipe and writes checkpoint directory, log and shared indexers into ``out``.
 
     Until the end the run is kept in ``out/training``.
 
     Args:
         init: a checkpoint directory to start from, instead of random weights in the preset's shape.
+        device: auto takes CUDA (or ROCm) where it is. budget: bytes of memory to stay within, see :mod:`fit`.
         resume: go on with the run that ``out`` holds.
 
     Raises:
@@ -144,14 +159,22 @@ def run(
         raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
     if resume and not (training / NUMBERS).is_file():
         raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
-    if init is None:
-        model = GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed)
-    else:
-        model = load(init).module.train()
+    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(stderr=True, highlight=False)
+    model = (
+        GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed) if init is None else load(init).module.train()
+    )
+    if budget is not None:
+        recipe = fit(recipe, model.config, budget, where, console.print)
+    model = model.to(where)
     length = recipe.stages[0].length
     val = Validation(data.val, length, depths=recipe.mtp_depths) if data.val is not None else None
     val = val if val is not None and val.samples() else None
-    train(model, sources, recipe, Keep(out / LOG, 20, training, save_every, val, validate_every))
+    board = out / "tensorboard" if tensorboard else None
+    keep = Keep(out / LOG, 20, training, save_every, val, validate_every, _sampler(model, data.tokenizer), board)
+    train(model, sources, recipe, keep)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if where != "cpu" else peak_memory()
+    console.print(f"peak memory {peak:.2f} GB" if peak else "peak memory unknown")
     Model(model, data.tokenizer).save(out)
     extra = {} if data.text is None else shared_indexers(model, data.text, recipe)
     if extra:
@@ -160,3 +183,10 @@ def run(
         partial.chmod((out / "config.json").stat().st_mode)  # safetensors writes 0600
         os.replace(partial, out / SHARED_INDEXERS)
     shutil.rmtree(training)
+
+
+def _sampler(model: GLM, tokenizer: Tokenizer) -> Callable[[], str]:
+    """Writes a text of at most k tokens: all of them are attended to, so untrained indexers spoil nothing."""
+    begin = tokenizer.encode(END_OF_TEXT)
+    params = SamplingParams(max(1, min(128, model.config.index_topk - len(begin))), 0.8)
+    return lambda: tokenizer.decode(list(generate(model, begin, params)))

@@ -173,8 +173,8 @@ def best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 class Conversations:
-    """A source of packed documents: a row holds whole ones side by side, each a sequence of its own, so nothing is padded
-    and none sees another. Packed once for each length; rows come in an order that is drawn anew each epoch.
+    """A source of packed documents: a row holds whole ones side by side, each a sequence of its own, so nothing is
+    padded and none sees another. Packed once for each length; rows come in an order that is drawn anew each epoch.
 
     A document longer than a row loses its end: each token that is left has its whole context still, so nothing wrong is
     learned, and one long conversation does not stop a run. It goes if nothing to learn is left. A warning counts both.

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from nanoglm.config import FULL
+from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.train import losses, optim
 from nanoglm.train.checkpoint import NUMBERS, Progress, restore, write
@@ -38,7 +41,8 @@ class Keep:
     Attributes:
         log: JSON lines: losses every ``log_every`` steps, validation every ``validate_every``.
         checkpoint: a directory to keep the run in: before the first step, every ``save_every`` steps, at the end.
-        validation: what to validate with.
+        validation: what to validate with. sample: writes some text, shown with each validation.
+        board: a directory for TensorBoard. quiet: nothing on standard error.
     """
 
     log: Path | None = None
@@ -47,6 +51,9 @@ class Keep:
     save_every: int = 500
     validation: Validation | None = None
     validate_every: int = 200
+    sample: Callable[[], str] | None = None
+    board: Path | None = None
+    quiet: bool = False
 
 
 def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -104,7 +111,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.movers, self.parts = optimizers(self.model, self.recipe), optim.groups(self.model)
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=self.keep.quiet)
+        self.device = self.model.lm_head.weight.device
+        self.board = _board(self.keep.board) if self.keep.board is not None else None
 
     def resume(self) -> None:
         """Goes on from the checkpoint, or begins it: an unwritable directory is found now, not after an hour."""
@@ -127,7 +136,7 @@ class _Run:
         for parameter in self.parts.backbone:
             parameter.requires_grad_(stage.backbone)
         source = self.sources[stage.data]
-        means = self.move(number, source.take(stage.length, recipe.tokens // stage.length))
+        means = self.move(number, source.take(stage.length, recipe.tokens // stage.length).to(self.device))
         self.progress.step = number + 1
         self.progress.sources[stage.data] = source.state_dict()
         self.progress.seconds = time.perf_counter() - self.began
@@ -137,6 +146,8 @@ class _Run:
         if keep.validation is not None and (self.progress.step % keep.validate_every == 0 or last):
             self.validated = keep.validation.run(self.model, stage.attention)
             self.tell({"step": number, "stage": stage.name} | self.validated)
+            if keep.sample is not None:
+                self.console.print(f"  {keep.sample()!r}", markup=False, style="dim")
         if keep.checkpoint is not None and (self.progress.step % keep.save_every == 0 or last):
             write(keep.checkpoint, self.model, self.movers, self.progress, recipe)
 
@@ -159,10 +170,23 @@ class _Run:
     def tell(self, line: dict[str, Any]) -> None:
         """A line on standard error and in the log."""
         line |= {"seconds": round(self.progress.seconds, 1)}
-        self.console.print(" ".join(f"{name} {value}" for name, value in line.items()), markup=False)
+        left = self.progress.seconds / self.progress.step * (self.recipe.steps - self.progress.step)
+        shown = " ".join(f"{name} {value}" for name, value in line.items())
+        self.console.print(f"{shown} left {timedelta(seconds=round(left))}", markup=False)
+        if self.board is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, line["step"])
         if self.keep.log is not None:
             with self.keep.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _board(directory: Path) -> Any:
+    try:
+        return import_module("torch.utils.tensorboard").SummaryWriter(str(directory))
+    except ImportError:
+        raise InputError("tensorboard is not installed; expected pip install tensorboard") from None
 
 
 def _forget(log: Path | None, step: int) -> None:
@@ -177,7 +201,7 @@ def shared_indexers(model: GLM, text: Tokens, recipe: Recipe) -> dict[str, Tenso
     """Indexers for the Shared layers, for comparison with all-Full: the backbone rests, each starts as
     its source's copy and learns its own layer's attention. Returns their tensors by name."""
     config = model.config.replace(indexer_types=(FULL,) * model.config.num_hidden_layers)
-    full = GLM(config).initialise(recipe.seed)
+    full = GLM(config).initialise(recipe.seed).to(model.lm_head.weight.device)
     full.load_state_dict(model.state_dict(), strict=False)
     wanted: dict[str, Tensor] = {}
     for source, layers in losses.groups(model.config.full_layers, config.num_hidden_layers).items():

@@ -52,7 +52,7 @@ class Validation:
     def run(self, model: GLM, attention: Attention) -> dict[str, float]:
         """Losses in nats a token with dense attention and, unless that is the stage's, under Selections; bits per byte
         of the stage's; monitors."""
-        samples = self.samples()
+        samples = [sample.to(model.lm_head.weight.device) for sample in self.samples()]
         forms: list[Attention] = ["dense"] if attention == "dense" else ["dense", attention]
         found: dict[str, float] = {}
         for form in forms:
