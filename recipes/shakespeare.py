@@ -2,7 +2,7 @@
 
 nanoglm train recipes/shakespeare.py --text input.txt --out runs/shakespeare
 
-Everything a GLM-5.2 has is in it: MLA, experts, an MTP layer, and at the end indexers that two of the four layers share.
+Everything a GLM-5.2 has is in it: MLA, experts, an MTP layer, and at the end indexers whose choice two layers share.
 """
 
 from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse

@@ -19,6 +19,7 @@ from nanoglm.bench import ops, versus
 from nanoglm.bench import prefill as prefilling
 from nanoglm.bench.report import report as write_report
 from nanoglm.bench.result import COLUMNS, Result, check_out
+from nanoglm.bench.step import bench_train
 from nanoglm.bench.timing import Progress as Tell
 
 LENGTHS = (4096, 16_384, 65_536, 131_072)
@@ -96,6 +97,23 @@ def decode(
     _finish(result, out)
 
 
+def train(
+    lengths: tuple[int, ...] = (8192,), shape: str = "bench-nano", rounds: int = 3, out: Path | None = None
+) -> None:
+    """One step of sparse training: what is not selected masked, against what is selected gathered.
+
+    Args:
+        lengths: Tokens of the one sequence.
+        shape: bench-nano, or a preset.
+        rounds: Of each figure, at least 3.
+        out: The JSON file to write.
+    """
+    check_out(out)
+    with _progress() as tell:
+        result = bench_train(lengths, shape, rounds, tell)
+    _finish(result, out)
+
+
 def report(files: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("docs/performance.md")) -> None:
     """A page of tables and plots from what the others wrote.
 
@@ -112,7 +130,10 @@ def _verb(name: str, run: Any) -> Any:
 
 
 # What tyro reads nested subcommands from.
-Verb = _verb("ops", ops_) | _verb("prefill", prefill) | _verb("decode", decode) | _verb("report", report)
+Verb = (
+    _verb("ops", ops_) | _verb("prefill", prefill) | _verb("decode", decode) | _verb("train", train)
+    | _verb("report", report)
+)  # fmt: skip
 
 
 @contextmanager

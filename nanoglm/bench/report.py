@@ -29,6 +29,7 @@ TITLES = {
     "run": "One whole prompt",
     "peer": "Against transformers, at one shape",
     "decode": "Decoding behind a context",
+    "step": "One step of sparse training",
 }
 MODEL = """Cost model: T = N L c + N_idx L²/2 c_i, with N the layers that work at every token (the last one needs only
 the last token), N_idx those of them with an indexer, c {us_per_token_and_layer:.3g} µs per token and layer and c_i

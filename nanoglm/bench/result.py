@@ -109,6 +109,15 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("times ours", "times", ".1f", "prefill seconds over ours with the same memory setting"),
         Column("times bound", "most", ".1f", "over all our operations at the rate of plain bf16 products, in this run"),
     ),
+    "step": (
+        Column("attention", "form", "", "masked: unselected keys are masked; sparse: selected ones are gathered"),
+        Column("tokens", "length", ",", "length of the one sequence"),
+        Column("s", "seconds", ",.4g", "forward and backward with the indexers' KL, each in its own process"),
+        *_SPREAD,
+        Column("tokens/s", "rate", ",.0f", "of those"),
+        Column("peak GB", "peak_gb", ",.2f", "most memory a process ever held"),
+        Column("speed-up", "speed_up", ".2f", "masked over this"),
+    ),
     "decode": (
         Column("tokens", "length", ",", "tokens in the cache"),
         Column("layers", "pattern", "", "all-Full: every layer runs its indexer; IndexShare: one in four"),

@@ -78,7 +78,10 @@ class MLA(nn.Module):
             step.recording.indexer[self.layer] = IndexerInputs(q_TJI, weights_TJ, keys_TI)
         if not chooses:
             return given
-        return ops.select(q_TJI, weights_TJ, step.store.index_keys(self.layer), step.batch, self.topk)
+        selection = ops.select(q_TJI, weights_TJ, step.store.index_keys(self.layer), step.batch, self.topk)
+        if step.recording is not None:
+            step.recording.selections[self.layer] = selection
+        return selection
 
     def _up(self) -> tuple[Tensor, Tensor]:
         """kv_b_proj as W_UK [H, nope, C] and W_UV [H, V, C]."""
@@ -90,6 +93,9 @@ class MLA(nn.Module):
         w_uk, w_uv = self._up()
         latent_NC, rope_NR = step.store.latent(self.layer)
         q_latent_THC = ops.headwise(q_nope, w_uk)
+        if step.recording is not None:  # all heads share the keys of absorbed queries
+            queries, keys = torch.cat([q_latent_THC, q_rope], -1), torch.cat([latent_NC, rope_NR], -1)
+            step.recording.attention[self.layer] = queries.detach(), keys.detach()
         o_THC = ops.sparse_attention(
             q_latent_THC.contiguous(), q_rope, latent_NC, rope_NR, selection, step.batch, self.scale
         )

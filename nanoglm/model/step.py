@@ -27,10 +27,12 @@ Attention = Literal["sparse", "masked", "dense"]
 @dataclass
 class Tape:
     """What training reads from a pass: per layer the experts chosen, the router's scores and, where ``indexers`` is
-    set, the indexer's inputs and the teacher's queries and keys (expanded forms only, detached)."""
+    set, the indexer's inputs and the teacher's queries and keys, detached: expanded [T, H, A] both, or of the
+    absorbed form queries [T, H, C + R] and keys [T, C + R], which all heads share (whole sequences only)."""
 
     indexers: bool = True
     indexer: dict[int, IndexerInputs] = field(default_factory=dict)
+    selections: dict[int, Tensor] = field(default_factory=dict)  # int32 [T, K] where the indexer chose
     attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     experts: dict[int, Tensor] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)

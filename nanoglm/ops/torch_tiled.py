@@ -196,13 +196,13 @@ def _gather(
     begin: int, end: int, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor, table: Tensor,
     page_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Storage rows [t, K], their latents and ropes in fp32, and which places are empty [t, 1, K]."""
+    """Storage rows [t, K], their latents and ropes in fp32 or wider, and which places are empty [t, 1, K]."""
     chosen = selection[begin:end].long()
     empty = chosen < 0
     # An empty place reads the row's first selected key again: never a row outside the Selection.
     chosen = torch.where(empty, chosen[:, :1], chosen).clamp_(min=0)
     rows = storage_rows(chosen, requests[begin:end, None], table, page_size)
-    return rows, latent[rows].float(), rope[rows].float(), empty[:, None]
+    return rows, wide(latent[rows]), wide(rope[rows]), empty[:, None]
 
 
 def _tiles(rows: int, width: int) -> range:
@@ -223,7 +223,7 @@ def sparse_attention(
     for begin in tiles:
         end = min(begin + tiles.step, q_latent.shape[0])
         _, c, r, empty = _gather(begin, end, latent, rope, selection, requests, table, page_size)
-        weights = _softmax(q_latent[begin:end].float(), q_rope[begin:end].float(), c, r, empty, scale)
+        weights = _softmax(wide(q_latent[begin:end]), wide(q_rope[begin:end]), c, r, empty, scale)
         out[begin:end] = torch.bmm(weights, c)
         if work := tally():
             work.rows_attended += int((~empty).sum())
@@ -241,13 +241,12 @@ def sparse_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q_latent, q_rope, latent and rope; probabilities are recomputed tile by tile."""
     d_q_latent, d_q_rope = torch.empty_like(q_latent), torch.empty_like(q_rope)
-    d_latent = torch.zeros_like(latent, dtype=torch.float32)
-    d_rope = torch.zeros_like(rope, dtype=torch.float32)
+    d_latent, d_rope = torch.zeros_like(wide(latent)), torch.zeros_like(wide(rope))
     tiles = _tiles(q_latent.shape[0], selection.shape[1] * (latent.shape[1] + rope.shape[1]))
     for begin in tiles:
         end = min(begin + tiles.step, q_latent.shape[0])
         rows, c, r, empty = _gather(begin, end, latent, rope, selection, requests, table, page_size)
-        ql, qr, g = (x[begin:end].float() for x in (q_latent, q_rope, grad))
+        ql, qr, g = (wide(x[begin:end]) for x in (q_latent, q_rope, grad))
         weights = _softmax(ql, qr, c, r, empty, scale)
         d_weights = torch.bmm(g, c.mT)
         d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale

@@ -148,8 +148,7 @@ class _IndexerKL(torch.autograd.Function):
         q, w, k = (_wide(x).unflatten(0, (-1, length)) for x in (q, weights, keys))
         teachers = [(_wide(x).unflatten(0, (-1, length)), _wide(y).unflatten(0, (-1, length))) for x, y in served]
         chosen = None if selection is None else selection.unflatten(0, (-1, length)).long()
-        widest = max(q.shape[2], *(x.shape[2] for x, _ in teachers))
-        step = max(1, CHUNK_ELEMENTS // (q.shape[0] * length * widest))
+        step = max(1, CHUNK_ELEMENTS // (q.shape[0] * _row(q, teachers, length, chosen)))
         total, (dq, dw, dk) = q.new_zeros(()), (torch.zeros_like(x) for x in (q, w, k))
         sequence = torch.arange(q.shape[0], device=q.device)[:, None, None]
         positions = torch.arange(length, device=q.device)
@@ -190,15 +189,27 @@ def _attention(
     """Mean over layers and heads of the attention of rows [begin, end) to what they see: [B, t, S or K]."""
     mean: Tensor | None = None
     for queries, keys in teachers:
-        q = queries[:, begin:end].transpose(1, 2)  # [B, H, t, A]
-        k = keys[:, None] if keys.ndim == 3 else keys.transpose(1, 2)
-        logits = q @ k[:, :, : end if at is None else None].mT
-        if at is not None:
-            logits = logits.gather(-1, at[:, None].expand(*logits.shape[:3], -1))
+        if keys.ndim == 3 and at is not None:  # one key for all heads: gather those that are selected
+            sequence = torch.arange(len(keys), device=keys.device)[:, None, None]
+            logits = (queries[:, begin:end] @ keys[sequence, at].mT).transpose(1, 2)  # [B, H, t, K]
+        else:
+            q = queries[:, begin:end].transpose(1, 2)  # [B, H, t, A]
+            k = keys[:, None] if keys.ndim == 3 else keys.transpose(1, 2)
+            logits = q @ k[:, :, : end if at is None else None].mT
+            if at is not None:
+                logits = logits.gather(-1, at[:, None].expand(*logits.shape[:3], -1))
         p = (logits * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1) / len(teachers)
         mean = p if mean is None else mean + p
     assert mean is not None
     return mean
+
+
+def _row(q: Tensor, teachers: Sequence[tuple[Tensor, Tensor]], length: int, chosen: Tensor | None) -> int:
+    """The most elements that one row of a chunk takes: scores of every head, or the keys that it gathered."""
+    heads = max(q.shape[2], *(x.shape[2] for x, _ in teachers))
+    if chosen is None or any(keys.ndim == 4 for _, keys in teachers):
+        return length * heads
+    return chosen.shape[2] * max(heads, q.shape[3], *(x.shape[3] for x, _ in teachers))
 
 
 def _wide(x: Tensor) -> Tensor:

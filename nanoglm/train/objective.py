@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nanoglm.model import GLM, BatchStore, Output, Tape
+from nanoglm.model import GLM, BatchStore, Tape
 from nanoglm.model.indexer import IndexerInputs
 from nanoglm.model.moe import MoE
 from nanoglm.train import losses
@@ -85,7 +85,8 @@ def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[s
     if stage.backbone and tape.experts and recipe.balance_weight:
         found["balance"] = balance_loss(tape, sample)
     if index:
-        found["kl"] = indexer_loss(model, output, tape, sample, sparse=stage.attention != "dense")
+        sparse, own = stage.attention != "dense", recipe.own_layer_kl
+        found["kl"] = indexer_loss(model, tape, sample, sparse=sparse, own=own)
     if not stage.backbone:
         found = {name: (value if name == "kl" else value.detach(), n) for name, (value, n) in found.items()}
     return found, tape
@@ -97,15 +98,19 @@ def balance_loss(tape: Tape, sample: Sample) -> Sum:
     return torch.stack([value for value, _ in found]).mean(), found[0][1]
 
 
-def indexer_loss(model: GLM, output: Output, tape: Tape, sample: Sample, *, sparse: bool) -> Sum:
-    """Mean KL over all indexers, the MTP layer's included, each against the layers it serves."""
+def indexer_loss(model: GLM, tape: Tape, sample: Sample, *, sparse: bool, own: bool = False) -> Sum:
+    """Mean KL over all indexers, the MTP layer's included, each against the layers it serves (``own``: its own).
+
+    ``sparse``: over what each selected (training spec 1.3), not over all that it sees.
+    """
     config = model.config
     served = losses.groups(config.full_layers, config.num_hidden_layers)
     if config.num_nextn_predict_layers:
         served[config.num_hidden_layers] = range(config.num_hidden_layers, config.num_hidden_layers + 1)
     sums: list[Tensor] = []
     for first, layers in served.items():
-        selection = output.selections[first] if sparse and first < config.num_hidden_layers else None
+        layers = layers[:1] if own else layers
+        selection = tape.selections[first] if sparse else None
         for rows, length in _runs(sample.counts):
             inputs = IndexerInputs(*(x[rows] for x in tape.indexer[first]))
             teachers = [(q[rows], k[rows]) for q, k in (tape.attention[layer] for layer in layers)]

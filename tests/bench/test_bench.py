@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanoglm import ops
-from nanoglm.bench import peer
+from nanoglm.bench import peer, step
 from nanoglm.bench.commands import _command
 from nanoglm.bench.cost import Point, fit, predict, work
 from nanoglm.bench.decode import decode
@@ -124,6 +124,24 @@ def test_peer_process(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     peer.main(engine, 80, 2)
     figures = json.loads(capsys.readouterr().out)
     assert figures.keys() == {"seconds", "decode_ms", "peak_gb"} and figures["seconds"] > 0
+
+
+def test_a_step_of_both_forms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for form in ("masked", "sparse"):
+        step.main(form, "tiny", 48)
+        figures = json.loads(capsys.readouterr().out)
+        assert figures["seconds"] > 0 and figures["peak_gb"] > 0.1
+    taken = {"masked": iter((4.0, 9.0, 5.0)), "sparse": iter((2.0, 2.5, 3.0))}
+    order = []
+
+    def run(form: str, name: str, length: int) -> dict[str, float]:
+        order.append(form)
+        return {"seconds": next(taken[form]), "peak_gb": 1.0}
+
+    monkeypatch.setattr(step, "_run", run)
+    masked, sparse = step.bench_train((48,), "tiny").rows["step"]
+    assert order == ["masked", "sparse"] * 3
+    assert (masked["seconds"], sparse["seconds"], sparse["speed_up"]) == (5.0, 2.5, 2.0)
 
 
 def test_versus_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,170 @@
+"""What each part of a GLM-5.2 earns at small scale: the effects table of training spec 4.1, over several seeds.
+
+python recipes/effects.py --text NOVELS --out runs/effects.jsonl
+
+Each line of the file is one run; runs that are in it already are not done again. At the end the table is printed: mean
+over the seeds, and of a difference also its standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import tyro
+
+from nanoglm.config import FULL, GLMConfig
+from nanoglm.model import GLM, Attention
+from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse
+from nanoglm.train.run import Corpus, config_of, corpus
+from nanoglm.train.trainer import Keep, train
+from nanoglm.train.validate import Validation
+
+STAGES = (dense(0.7, 256), indexer_warmup(0.1, 256), sparse(0.2, 256, indexer_every=2))
+BASE = Recipe("nano", steps=400, tokens=2048, warmup=20, optimizer="muon", rate=8e-3, stages=STAGES)
+
+
+def all_full(config: GLMConfig) -> GLMConfig:
+    """An indexer in every layer."""
+    return config.replace(indexer_types=(FULL,) * config.num_hidden_layers)
+
+
+def no_experts(config: GLMConfig) -> GLMConfig:
+    """Dense layers as wide as the experts that a token visits: equal active parameters, and FLOPs but the router's."""
+    width = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
+    kinds = ("dense",) * config.num_hidden_layers
+    return config.replace(mlp_layer_types=kinds, intermediate_size=width, num_nextn_predict_layers=0)
+
+
+def no_mtp(config: GLMConfig) -> GLMConfig:
+    """Without the MTP layer."""
+    return config.replace(num_nextn_predict_layers=0)
+
+
+# Name: changes of the recipe, and of the shape.
+VARIANTS: dict[str, tuple[dict[str, Any], Callable[[GLMConfig], GLMConfig]]] = {
+    "base": ({}, lambda config: config),
+    "dense": ({"stages": (dense(1.0, 256),)}, lambda config: config),
+    "all-Full": ({}, all_full),
+    "own-layer KL": ({"own_layer_kl": True}, lambda config: config),
+    "MTP depth 1": ({"mtp_depths": 1}, lambda config: config),
+    "no balance": ({"balance_rate": 0.0, "balance_weight": 0.0}, lambda config: config),
+    "no MTP": ({}, no_mtp),
+    "no MTP, no experts": ({}, no_experts),
+}
+
+
+@dataclass(frozen=True)
+class Both(Validation):
+    """Validates dense and under Selections in every stage: at a border that shows what the switch costs."""
+
+    def run(self, model: GLM, attention: Attention) -> dict[str, float]:
+        return super().run(model, "masked")
+
+
+def run(name: str, seed: int, data: Corpus, base: Recipe) -> dict[str, Any]:
+    """One variant with one seed: what validations at the stages' borders found."""
+    changes, shape = VARIANTS[name]
+    recipe = replace(base, seed=seed, **changes)
+    assert data.text is not None and data.val is not None
+    model = GLM(shape(config_of(recipe, data.tokenizer))).initialise(seed)
+    log = Path(f"{name}.{seed}.partial.jsonl")
+    log.unlink(missing_ok=True)
+    every = round(recipe.steps * 0.1)
+    keep = Keep(log, recipe.steps, validation=Both(data.val, 256, 65_536), validate_every=every, quiet=True)
+    began = time.perf_counter()
+    train(model, data.text, recipe, keep)
+    seconds = time.perf_counter() - began
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    log.unlink()
+    borders = {line["step"] + 1: line for line in found if "val_dense" in line}
+    ends = [
+        round(recipe.steps * sum(stage.share for stage in recipe.stages[: i + 1])) for i in range(len(recipe.stages))
+    ]
+    at = {stage.name: borders[end] for stage, end in zip(recipe.stages, ends, strict=True)}
+    return {"variant": name, "seed": seed, "steps": recipe.steps, "seconds": round(seconds, 1), "at": at}
+
+
+Runs = dict[int, dict[str, Any]]  # by seed
+
+
+def of(runs: dict[str, Runs], variant: str, stage: str, *names: str) -> dict[int, float]:
+    """By seed a value at a stage's end; of two names, the second less the first."""
+    found = {}
+    for seed, run in runs.get(variant, {}).items():
+        values = [run["at"][stage].get(name, float("nan")) for name in names]
+        found[seed] = values[-1] - values[0] if len(values) == 2 else values[0]
+    return found
+
+
+def less(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
+    """Seed by seed."""
+    return {seed: a[seed] - b[seed] for seed in a if seed in b}
+
+
+def rows(runs: dict[str, Runs]) -> list[tuple[str, str, dict[int, float]]]:
+    """Effect, measure and its value by seed (losses: nats a token of unseen text)."""
+    gap = ("val_dense", "val_sparse")
+    final = of(runs, "base", "sparse", "val_sparse")
+    return [
+        ("warm-up", "sparse - dense loss with random indexers", of(runs, "base", "dense", *gap)),
+        ("", "the same after the warm-up", of(runs, "base", "indexer_warmup", *gap)),
+        ("", "attention inside the top-k, least", of(runs, "base", "sparse", "mass")),
+        ("DSA", "sparse - dense training, equal tokens", less(final, of(runs, "dense", "dense", "val_dense"))),
+        ("IndexShare", "4 indexers - 12", less(final, of(runs, "all-Full", "sparse", "val_sparse"))),
+        (
+            "multi-layer KL", "loss - own-layer KL's, after the warm-up",
+            less(of(runs, "base", "indexer_warmup", *gap), of(runs, "own-layer KL", "indexer_warmup", *gap)),
+        ),
+        ("", "the same at the end", less(final, of(runs, "own-layer KL", "sparse", "val_sparse"))),
+        ("MTP", "tokens a verification, 2 drafts, trained at 1 and 2", of(runs, "base", "sparse", "accepted")),
+        ("", "the same, trained at depth 1", of(runs, "MTP depth 1", "sparse", "accepted")),
+        ("", "loss - loss without MTP", less(final, of(runs, "no MTP", "sparse", "val_sparse"))),
+        ("balance", "busiest / mean expert, worst layer", of(runs, "base", "sparse", "load")),
+        ("", "the same without", of(runs, "no balance", "sparse", "load")),
+        ("", "loss - loss without", less(final, of(runs, "no balance", "sparse", "val_sparse"))),
+        (
+            "experts", "loss - dense layers' of equal active parameters",
+            less(of(runs, "no MTP", "sparse", "val_sparse"), of(runs, "no MTP, no experts", "sparse", "val_sparse")),
+        ),
+    ]  # fmt: skip
+
+
+def main(
+    text: Path, out: Path, seeds: int = 3, variants: tuple[str, ...] = tuple(VARIANTS), steps: int = BASE.steps
+) -> None:
+    """Runs what ``out`` lacks, then prints the table.
+
+    Args:
+        text: A UTF-8 file or a folder of .txt files; the last tenth is unseen.
+        out: JSON lines, one a run.
+        seeds: Of each variant.
+        variants: Those to run; the table shows all that are in the file.
+        steps: Of a run, a multiple of 10.
+    """
+    data = corpus(text)
+    done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    for seed in range(seeds):
+        for name in variants:
+            if not any((run["variant"], run["seed"], run["steps"]) == (name, seed, steps) for run in done):
+                done.append(run_ := run(name, seed, data, replace(BASE, steps=steps)))
+                with out.open("a") as file:
+                    file.write(json.dumps(run_) + "\n")
+                print(name, seed, run_["seconds"], run_["at"][BASE.stages[-1].name if name != "dense" else "dense"])
+    runs: dict[str, Runs] = {}
+    for found in done:
+        runs.setdefault(found["variant"], {})[found["seed"]] = found
+    print("| effect | measure | mean | standard error | seeds |\n| --- | --- | ---: | ---: | ---: |")
+    for effect, measure, values in rows(runs):
+        if values:
+            error = stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            print(f"| {effect} | {measure} | {mean(values.values()):.4f} | {error:.4f} | {len(values)} |")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
