@@ -1,6 +1,6 @@
-"""``nanoglm bench train``: one step of sparse training, masking what is not selected against gathering what is.
+"""``nanoglm bench train``: one step of sparse training, masking what is not selected or gathering what is.
 
-Each measurement is a process of its own, forms in turns: ``python -m nanoglm.bench.step FORM SHAPE LENGTH`` does a short
+Each measurement is a process of its own, in turns: ``python -m nanoglm.bench.step FORM SHAPE LENGTH`` does a short
 step, then forward and backward of one sequence with next-token loss and the indexers' KL, and prints one JSON line.
 """
 

@@ -7,7 +7,7 @@ kept, and which form attention takes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -24,18 +24,26 @@ if TYPE_CHECKING:
 Attention = Literal["sparse", "masked", "dense"]
 
 
-@dataclass
 class Tape:
-    """What training reads from a pass: per layer the experts chosen, the router's scores and, where ``indexers`` is
-    set, the indexer's inputs and the teacher's queries and keys, detached: expanded [T, H, A] both, or of the
-    absorbed form queries [T, H, C + R] and keys [T, C + R], which all heads share (whole sequences only)."""
+    """What training reads from a pass.
 
-    indexers: bool = True
-    indexer: dict[int, IndexerInputs] = field(default_factory=dict)
-    selections: dict[int, Tensor] = field(default_factory=dict)  # int32 [T, K] where the indexer chose
-    attention: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    experts: dict[int, Tensor] = field(default_factory=dict)
-    scores: dict[int, Tensor] = field(default_factory=dict)
+    No dataclass: wrappers that look for tensors in a forward's arguments would rebuild it, and write into a copy.
+
+    Attributes:
+        indexers: whether what indexers learn from is kept too, the first three below.
+        indexer: by layer, the indexer's inputs. selections: int32 [T, K] where it chose.
+        attention: the teacher's queries and keys, detached: expanded [T, H, A] both, or of the absorbed form queries
+            [T, H, C + R] and keys [T, C + R], which all heads share (whole sequences only).
+        experts: the experts chosen, int64 [T, k]. scores: the router's, [T, E].
+    """
+
+    def __init__(self, indexers: bool = True) -> None:
+        self.indexers = indexers
+        self.indexer: dict[int, IndexerInputs] = {}
+        self.selections: dict[int, Tensor] = {}
+        self.attention: dict[int, tuple[Tensor, Tensor]] = {}
+        self.experts: dict[int, Tensor] = {}
+        self.scores: dict[int, Tensor] = {}
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,15 @@ class Done:
     loads: dict[int, Tensor] = field(default_factory=dict)
 
 
-def backward(model: GLM, sample: Sample, recipe: Recipe, step: int, total: Total = lambda x: x) -> Done:
+def backward(
+    model: GLM, sample: Sample, recipe: Recipe, step: int, total: Total = lambda x: x, sharded: bool = False
+) -> Done:  # fmt: skip
     """Forward and backward of one step's sample, part by part; the gradients are those of the whole at once.
 
     Args:
         total: adds a tensor over the ranks that share the step.
+        sharded: the model's gradients are reduced by hooks on the graph of its hidden states, which must have one even
+            where the backbone rests.
     """
     stage, late = recipe.stage(step), recipe.is_late(step)
     weights = {
@@ -49,6 +53,8 @@ def backward(model: GLM, sample: Sample, recipe: Recipe, step: int, total: Total
     for part in parts:
         found, tape = terms(model, part, recipe, step)
         means = {name: value / counts[name] for name, (value, _) in found.items()}
+        if not stage.backbone:
+            means |= {name: _still(mean, sharded) for name, mean in means.items() if name != "kl"}
         objective = torch.stack([weights[name] * mean for name, mean in means.items() if mean.requires_grad]).sum()
         objective.backward()
         for name, mean in means.items():
@@ -59,6 +65,11 @@ def backward(model: GLM, sample: Sample, recipe: Recipe, step: int, total: Total
     done.means = {name: total(mean) for name, mean in done.means.items()}
     done.loads = {layer: total(load) for layer, load in done.loads.items()}
     return done
+
+
+def _still(mean: Tensor, graph: bool) -> Tensor:
+    """The same value, from which nothing is learnt: without a graph, or with one through which only zeros flow."""
+    return mean.detach() + 0.0 * mean if graph else mean.detach()
 
 
 def _counts(parts: list[Sample], stage: Stage, recipe: Recipe, late: bool, total: Total) -> dict[str, int]:
@@ -87,8 +98,6 @@ def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[s
     if index:
         sparse, own = stage.attention != "dense", recipe.own_layer_kl
         found["kl"] = indexer_loss(model, tape, sample, sparse=sparse, own=own)
-    if not stage.backbone:
-        found = {name: (value if name == "kl" else value.detach(), n) for name, (value, n) in found.items()}
     return found, tape
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM
@@ -83,6 +84,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = {}
+        sharded: list[tuple[DTensor, Tensor]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -94,12 +96,23 @@ class Muon(torch.optim.Optimizer):
                 update = parameter.grad.lerp(momentum, group["momentum"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 cut: Cut = group["cut"]
-                for target, piece in zip(cut.pieces(parameter), cut.pieces(update), strict=True):
+                whole: Tensor = parameter
+                if isinstance(
+                    update, DTensor
+                ):  # a piece may lie on several ranks: each moves the whole, keeps its shard
+                    update, whole = (
+                        update.full_tensor(),
+                        torch.zeros(update.shape, dtype=update.dtype, device=update.device),
+                    )
+                    sharded.append((parameter, whole))
+                for target, piece in zip(cut.pieces(whole), cut.pieces(update), strict=True):
                     by_shape.setdefault(tuple(piece.shape[1:]), []).append((target, piece, group["lr"]))
         for shape, found in by_shape.items():
             moved = orthogonalise(torch.cat([piece for _, piece, _ in found]), self.dtype)
             for (target, _, rate), y in zip(found, moved.split([len(t) for t, _, _ in found]), strict=True):
                 target.add_(y, alpha=-rate * RMS * max(shape) ** 0.5)
+        for parameter, whole in sharded:
+            parameter.add_(distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None))
         return loss
 
 

@@ -30,6 +30,7 @@ from nanoglm.train import losses, optim
 from nanoglm.train.checkpoint import NUMBERS, Progress, restore, write
 from nanoglm.train.data import Sample, Source, Tokens, Windows
 from nanoglm.train.objective import backward, balance
+from nanoglm.train.parallel import Ranks, reshard
 from nanoglm.train.recipe import Recipe, indexer_warmup
 from nanoglm.train.validate import Validation
 
@@ -78,7 +79,11 @@ def optimizers(model: GLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
 
 def train(
-    model: GLM, data: Tokens | Mapping[str, Source], recipe: Recipe, keep: Keep | None = None
+    model: GLM,
+    data: Tokens | Mapping[str, Source],
+    recipe: Recipe,
+    keep: Keep | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any] | None:
     """Trains ``model`` in place. Returns the last validation, if there is one.
 
@@ -86,12 +91,13 @@ def train(
         data: a text, or by the stages' ``data`` where their samples come from.
         keep: log, checkpoint and validation. If the checkpoint holds this run already, the run goes on from there, bit
             by bit as if it had not stopped (on the same machine with as many threads).
+        ranks: the processes that share the run; the model is parallelised already.
 
     Raises:
         InputError, CheckpointError: the checkpoint cannot be written, or is of another run.
     """
     sources = {"text": Windows(data, recipe.seed)} if isinstance(data, Tokens) else data
-    run = _Run(model, sources, recipe, keep or Keep())
+    run = _Run(model, sources, recipe, keep or Keep(), ranks)
     run.resume()
     while run.progress.step < recipe.steps:
         run.step()
@@ -106,12 +112,14 @@ class _Run:
     sources: Mapping[str, Source]
     recipe: Recipe
     keep: Keep
+    ranks: Ranks | None = None
     progress: Progress = field(default_factory=Progress)
     validated: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.movers, self.parts = optimizers(self.model, self.recipe), optim.groups(self.model)
-        self.console = Console(stderr=True, highlight=False, quiet=self.keep.quiet)
+        self.speaks = self.ranks is None or self.ranks.first
+        self.console = Console(stderr=True, highlight=False, quiet=self.keep.quiet or not self.speaks)
         self.device = self.model.lm_head.weight.device
         self.board = _board(self.keep.board) if self.keep.board is not None else None
 
@@ -134,7 +142,7 @@ class _Run:
         if (base := recipe.rope_theta(number)) is not None and base != self.model.config.rope_theta:
             self.model.config = self.model.config.replace(rope_theta=base)
         for parameter in self.parts.backbone:
-            parameter.requires_grad_(stage.backbone)
+            parameter.requires_grad_(stage.backbone or self.ranks is not None)  # see objective.backward: sharded
         source = self.sources[stage.data]
         means = self.move(number, source.take(stage.length, recipe.tokens // stage.length).to(self.device))
         self.progress.step = number + 1
@@ -157,9 +165,17 @@ class _Run:
         rate, indexer_rate = recipe.rates(number)
         for group in (group for mover in self.movers for group in mover.param_groups):
             group["lr"] = indexer_rate if group["indexer"] else rate
-        done = backward(self.model, sample, recipe, number)
-        torch.nn.utils.clip_grad_norm_(self.parts.backbone, 1.0)
-        torch.nn.utils.clip_grad_norm_(self.parts.indexers, 1.0)  # apart, or a large KL would slow the backbone
+        clip: Callable[[list[Tensor], float], object] = torch.nn.utils.clip_grad_norm_
+        if self.ranks is None:
+            done = backward(self.model, sample, recipe, number)
+        else:
+            sample, clip = self.ranks.share(sample, recipe.pass_tokens), self.ranks.clip
+            done = backward(self.model, sample, recipe, number, self.ranks.total, sharded=True)
+            reshard(self.model)
+            for parameter in self.parts.backbone if not recipe.stage(number).backbone else ():
+                parameter.grad = None  # zeros, which would still age the optimisers' state
+        clip(self.parts.backbone, 1.0)
+        clip(self.parts.indexers, 1.0)  # apart, or a large KL would slow the backbone
         for mover in self.movers:
             mover.step()
             mover.zero_grad()
@@ -177,7 +193,7 @@ class _Run:
             for name, value in line.items():
                 if isinstance(value, float):
                     self.board.add_scalar(name, value, line["step"])
-        if self.keep.log is not None:
+        if self.keep.log is not None and self.speaks:
             with self.keep.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 

@@ -1,0 +1,191 @@
+"""Training on several processes: the same model, the same trainer, parameters in shards and experts with owners.
+
+A step's sequences are dealt out to all ranks. Each computes its sums over the counts of the whole step (objective.py),
+so gradients are added, never averaged, and a run equals that of one process but for the order of sums.
+
+- Parameters are sharded over all ranks (FSDP2), a decoder layer at a time; embedding, final norm and head, which the
+  MTP layer uses too, are the root's and stay whole from forward to backward.
+- Experts may have owners (``expert`` > 1): a rank holds its share of a layer's experts, and tokens travel to them and
+  back. The number of collectives is the same on all ranks whatever tokens choose, none at all included.
+
+Shape legend: T tokens, k experts per token, N rows that travel, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from nanoglm import ops
+from nanoglm.errors import InputError
+from nanoglm.model import GLM
+from nanoglm.model.moe import Experts, MoE
+from nanoglm.model.mtp import MTPLayer
+from nanoglm.train.data import Sample
+
+
+class Ranks:
+    """The processes of a run, as a mesh of (data, expert). ``torch.distributed`` is initialised already.
+
+    Args:
+        expert: ranks that share a layer's experts; all of them are dealt sequences of their own.
+        device: its type.
+
+    Attributes:
+        sent: bytes that this rank gave to others for experts, so that a test can see tokens move.
+
+    Raises:
+        InputError: ``expert`` does not divide the number of processes.
+    """
+
+    def __init__(self, expert: int = 1, device: str = "cpu") -> None:
+        self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        if expert < 1 or self.world % expert:
+            raise InputError(f"expert is {expert}; expected a divisor of the {self.world} processes")
+        self.mesh = init_device_mesh(device, (self.world // expert, expert), mesh_dim_names=("data", "expert"))
+        self.all = self.mesh._flatten("all")
+        self.expert, self.sent = expert, 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks for all: log and files."""
+        return self.rank == 0
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        value = value.clone()
+        dist.all_reduce(value)
+        return value
+
+    def share(self, sample: Sample, pass_tokens: int | None) -> Sample:
+        """This rank's sequences of a step: as many neighbours as every other's.
+
+        Raises:
+            InputError: they do not divide; or they are of unlike lengths and a step is accumulated, where the number of
+                passes, and with it of collectives, would be each rank's own.
+        """
+        n = len(sample.counts)
+        if n % self.world:
+            raise InputError(f"step has {n} sequences; expected a multiple of the {self.world} processes")
+        if pass_tokens is not None and len(set(sample.counts)) > 1:
+            raise InputError(
+                "pass_tokens is set and sequences have unlike lengths; expected one of both on one process"
+            )
+        begin, end = self.rank * n // self.world, (self.rank + 1) * n // self.world
+        rows = slice(sum(sample.counts[:begin]), sum(sample.counts[:end]))
+        return Sample(sample.ids[rows], sample.targets[rows], sample.counts[begin:end])
+
+    def clip(self, parameters: Iterable[Tensor], limit: float) -> None:
+        """Scales gradients to a norm of at most ``limit`` over all ranks, as ``clip_grad_norm_`` does on one."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        squares = torch.stack([g.square().sum() for g in local]).sum() if local else torch.zeros(())
+        scale = (limit / (self.total(squares).sqrt() + 1e-6)).clamp(max=1.0)
+        for g in local:
+            g.mul_(scale)
+
+
+def parallelise(model: GLM, ranks: Ranks) -> GLM:
+    """Shards a model that is initialised alike on every rank, in place.
+
+    Raises:
+        InputError: the ranks that own experts do not divide them.
+    """
+    config = model.config
+    if ranks.expert > 1 and config.n_routed_experts % ranks.expert:
+        raise InputError(f"expert is {ranks.expert}; expected a divisor of the {config.n_routed_experts} experts")
+    owned: set[nn.Parameter] = set()
+    for layer in model.model.layers:
+        moe = layer.get_submodule("mlp")
+        if ranks.expert > 1 and isinstance(moe, MoE):
+            moe.experts = OwnedExperts(moe.experts, ranks)
+            if ranks.mesh["data"].size() > 1:
+                # The experts' own dimension is cut already.
+                fully_shard(moe.experts, mesh=ranks.mesh["data"], shard_placement_fn=lambda p: Shard(1))
+            else:
+                owned |= set(moe.experts.parameters())
+        fully_shard(layer, mesh=ranks.all, reshard_after_forward=False, ignored_params=owned)
+        if isinstance(layer, MTPLayer):
+            register_fsdp_forward_method(layer, "draft")
+    fully_shard(model, mesh=ranks.all, ignored_params=owned)
+    for module in _sharded(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_reshard_after_backward(False)
+    return model
+
+
+def reshard(model: GLM) -> None:
+    """Behind the last backward of a step, before the optimisers: lets go of what other ranks keep."""
+    for module in _sharded(model):
+        module.reshard()
+
+
+def _sharded(model: GLM) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+class OwnedExperts(Experts):
+    """A layer's experts, of which this rank holds its share; the parameters are DTensors cut by expert."""
+
+    def __init__(self, whole: Experts, ranks: Ranks) -> None:
+        nn.Module.__init__(self)
+        self.ranks, mesh = ranks, ranks.mesh["expert"]
+        for name, parameter in whole.named_parameters():
+            cut = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(self, name, nn.Parameter(cut))
+
+    def forward(self, x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
+        gate_up, down = _local(self.gate_up_proj), _local(self.down_proj)
+        group, mine, k = self.ranks.mesh["expert"].get_group(), gate_up.shape[0], ids_Tk.shape[1]
+        order = ids_Tk.flatten().argsort(stable=True)  # by expert, so by owner
+        expert_N = ids_Tk.flatten()[order]
+        out = torch.bincount(expert_N // mine, minlength=self.ranks.expert)
+        come = torch.empty_like(out)
+        dist.all_to_all_single(come, out, group=group)
+        sends, gets = out.tolist(), come.tolist()
+        arrived_ND = _exchange(x_TD[order // k], gets, sends, group)
+        ids_N = _exchange(expert_N[:, None], gets, sends, group) - self.ranks.mesh["expert"].get_local_rank() * mine
+        y_ND = ops.experts(arrived_ND, ids_N, torch.ones_like(ids_N, dtype=weights_Tk.dtype), gate_up, down)
+        self.ranks.sent += (sum(sends) - sends[self.ranks.mesh["expert"].get_local_rank()]) * x_TD[:1].nbytes
+        back_ND = _exchange(y_ND, sends, gets, group)
+        y_TkD = back_ND.new_zeros(back_ND.shape).index_copy(0, order, back_ND).unflatten(0, (-1, k))
+        return (ops.wide(y_TkD) * weights_Tk[..., None]).sum(1).to(x_TD.dtype)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _exchange(rows: Tensor, gets: Sequence[int], sends: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows to other ranks, and theirs to this one; gradients travel back."""
+    if rows.is_floating_point():
+        return all_to_all_single_autograd(rows.contiguous(), list(gets), list(sends), group)
+    out = rows.new_empty(sum(gets), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), list(gets), list(sends), group=group)
+    return out
+
+
+def check_pipeline(pattern: str, layers: Sequence[int]) -> None:
+    """The rule that a pipeline stage begins with a Full layer: Selections do not travel between stages.
+
+    Args:
+        pattern: the schedule in letters, such as FFSSS. layers: of each stage.
+
+    Raises:
+        InputError: the stages are not all layers together, or one begins with a Shared layer.
+    """
+    if sum(layers) != len(pattern) or min(layers, default=0) < 1:
+        raise InputError(f"stages have {', '.join(map(str, layers))} layers; expected {len(pattern)} together")
+    first = 0
+    for stage, n in enumerate(layers):
+        if pattern[first] != "F":
+            raise InputError(f"stage {stage} begins with layer {first}, which is Shared; expected a Full one")
+        first += n
