@@ -7,7 +7,6 @@ step, then forward and backward of one sequence with next-token loss and the ind
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,9 +16,8 @@ import torch
 from nanoglm.bench.prefill import shape
 from nanoglm.bench.result import Result, Row
 from nanoglm.bench.shapes import bench_nano, random_ids, with_pattern
-from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds
+from nanoglm.bench.timing import Progress, Sample, apart, check_lengths, check_rounds
 from nanoglm.config import GLMConfig
-from nanoglm.errors import InputError
 from nanoglm.memory import peak_memory
 from nanoglm.model import GLM, Attention
 from nanoglm.train.data import Sample as Tokens
@@ -51,7 +49,7 @@ def bench_train(
     for turn in range(rounds):
         for i, (length, form) in enumerate(keys):
             progress(f"{form}, {length:,} tokens", (turn + i / len(keys)) / rounds)
-            runs.setdefault((length, form), []).append(_run(form, shape_name, length))
+            runs.setdefault((length, form), []).append(apart("nanoglm.bench.step", form, shape_name, str(length)))
     result = Result("train", rounds, shape(config, "fp32", None) | {"layers": config.pattern})
     result.rows["step"] = [_row(runs, length, form) for length, form in keys]
     return result
@@ -66,16 +64,6 @@ def _row(runs: dict[tuple[int, str], list[Row]], length: int, form: str) -> Row:
         "rate": length / seconds.median, "peak_gb": max(peaks) if peaks else None,
         "speed_up": masked.median / seconds.median,
     }  # fmt: skip
-
-
-def _run(form: str, name: str, length: int) -> Row:
-    command = [sys.executable, "-m", "nanoglm.bench.step", form, name, str(length)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise InputError(f"{form} at {length} tokens ended with {done.returncode}: {said[-1] if said else 'no word'}")
-    found: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 def main(form: str, name: str, length: int) -> None:

@@ -1,8 +1,11 @@
-"""Timing in turns, and the seconds spent in each op."""
+"""Timing in turns, in a process apart, and the seconds spent in each op."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +85,22 @@ def parts_of(run: Callable[[], object]) -> Parts:
     with _watched("select") as indexer, _watched("sparse_attention") as attention:
         total = _seconds(run, 1)
     return Parts(total, sum(indexer), sum(attention))
+
+
+def apart(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The JSON object that a module prints last, run in a process of its own.
+
+    Raises:
+        InputError: it ended with an error.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        what = " ".join(arguments)
+        raise InputError(f"{what} ended with {done.returncode}: {said[-1] if said else 'no word'}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
 
 
 @contextmanager

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from statistics import median
 
@@ -13,7 +10,7 @@ from nanoglm.bench.ops import products
 from nanoglm.bench.prefill import gemm_bounds, product_rate, shape
 from nanoglm.bench.result import Result, Row
 from nanoglm.bench.shapes import Subject, bench_nano
-from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds, interleave
+from nanoglm.bench.timing import Progress, Sample, apart, check_lengths, check_rounds, interleave
 from nanoglm.errors import InputError
 
 MEMORY = {"default": {}, "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}  # torch's own switch
@@ -59,13 +56,6 @@ def versus(
 
 
 def _run(engine: str, length: int, tokens: int, extra: dict[str, str]) -> Row:
-    command = [sys.executable, "-m", "nanoglm.bench.peer", engine, str(length), str(tokens)]
     clean = {name: value for name, value in os.environ.items() if name not in MEMORY["huge pages"]}
-    done = subprocess.run(
-        command, env=clean | {"HF_HUB_OFFLINE": "1"} | extra, capture_output=True, text=True
-    )  # fmt: skip
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise InputError(f"{engine} at {length} tokens ended with {done.returncode}: {said[-1] if said else 'no word'}")
-    figures: Row = json.loads(done.stdout.strip().splitlines()[-1])
-    return figures
+    environment = clean | {"HF_HUB_OFFLINE": "1"} | extra
+    return apart("nanoglm.bench.peer", engine, str(length), str(tokens), environment=environment)

@@ -134,11 +134,11 @@ def test_a_step_of_both_forms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     taken = {"masked": iter((4.0, 9.0, 5.0)), "sparse": iter((2.0, 2.5, 3.0))}
     order = []
 
-    def run(form: str, name: str, length: int) -> dict[str, float]:
+    def run(module: str, form: str, name: str, length: str) -> dict[str, float]:
         order.append(form)
         return {"seconds": next(taken[form]), "peak_gb": 1.0}
 
-    monkeypatch.setattr(step, "_run", run)
+    monkeypatch.setattr(step, "apart", run)
     masked, sparse = step.bench_train((48,), "tiny").rows["step"]
     assert order == ["masked", "sparse"] * 3
     assert (masked["seconds"], sparse["seconds"], sparse["speed_up"]) == (5.0, 2.5, 2.0)
