@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import runpy
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -27,8 +26,8 @@ from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.perplexity import all_full, evaluate
-from nanoglm.memory import parse_bytes
 from nanoglm.ops import count_work, cpu
+from nanoglm.train.commands import data, recipe_of, report, training
 from nanoglm.train.recipe import Recipe
 from nanoglm.verify import Receipt, verify
 from nanoglm.weights import inspect as inspection
@@ -286,105 +285,12 @@ def doctor() -> None:
     _print_lines(lines)
 
 
-def _train(default: Recipe) -> Callable[..., None]:
-    """The command, with the recipe whose fields it may override."""
-
-    def train(
-        out: Path,
-        text: Path | None = None,
-        conversations: Path | None = None,
-        init: Path | None = None,
-        recipe: Annotated[Recipe, tyro.conf.arg(name="")] = default,
-        val: float = 0.1,
-        fit: str | None = None,
-        device: str = "auto",
-        resume: bool = False,
-        save_every: int = 500,
-        validate_every: int = 200,
-        tensorboard: bool = False,
-    ) -> None:
-        """Train a model: by a recipe (train RECIPE.py ...) or in the usual stages: dense, indexer warm-up, sparse.
-
-        Args:
-            out: The checkpoint directory to write; train.jsonl beside it is the log.
-            text: A UTF-8 file or a folder of .txt files, read as bytes; or a folder that nanoglm data wrote.
-            conversations: For stages that learn from them: a JSONL file of messages, or of question and answer.
-            init: A checkpoint directory to start from; random weights in the preset's shape if left out.
-            recipe: What is done and when; each field is an option.
-            val: Share of the text, from its end, kept for validation; a dataset has its own.
-            fit: Memory to stay within, such as 12GB: accumulates a step in passes whose measured peak fits.
-            device: cpu, cuda, ...; auto takes a GPU where there is one.
-            resume: Go on with the run that out holds, with the same options; the result is the same to the bit.
-            save_every: Steps between two savings of the run.
-            validate_every: Steps between two validations.
-            tensorboard: Write the log for TensorBoard too, into out/tensorboard.
-        """
-        from nanoglm.train.run import corpus, run
-
-        tokenizer = None if init is None else load(init).tokenizer
-        found = corpus(text, val, conversations, tokenizer)
-        run(
-            found, recipe, out, init, device=device, budget=parse_bytes("fit", fit),
-            resume=resume, save_every=save_every, validate_every=validate_every,
-            tensorboard=tensorboard,
-        )  # fmt: skip
-
-    return train
-
-
-def _recipe(path: Path) -> Recipe:
-    """What the function ``recipe`` of a Python file returns."""
-    try:
-        function = runpy.run_path(str(path)).get("recipe")
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"recipe {path} cannot be read: {error}") from None
-    found = function() if callable(function) else None
-    if not isinstance(found, Recipe):
-        raise InputError(f"recipe {path} has no function recipe() that returns a Recipe; expected one")
-    return found
-
-
-def data(
-    sources: tyro.conf.Positional[tuple[str, ...]],
-    out: Path,
-    tokenizer: str = "bytes",
-    val: float = 0.1,
-    field: str = "text",
-) -> None:
-    """Turn text, JSONL and Parquet into a folder of tokens to train on.
-
-    Args:
-        sources: Files, folders, or stdlib: the sources of Python's standard library, which need no download.
-        out: The folder to make.
-        tokenizer: bytes, bpe:SIZE (trained on the text; of the ids 36 are markup), or a tokenizer.json.
-        val: Share of the text, from its end, kept for validation.
-        field: Of JSONL objects and Parquet tables, where the text is.
-    """
-    from nanoglm.train.data import write
-
-    for name, split in write(sources, out, tokenizer, val, field).items():
-        each = split.bytes / max(1, split.tokens)
-        print(f"{name:6} {split.tokens:,} tokens, {split.documents:,} documents, {each:.2f} bytes a token")
-
-
 def bench(verb: Annotated[Verb, tyro.conf.arg(name="")]) -> None:
     """Measure: ops, prefill and decoding, each figure beside its limit; and the page made of it.
 
     Args:
         verb: What to measure; it has run when this is called.
     """
-
-
-def report(run: Annotated[Path, tyro.conf.Positional], /) -> None:
-    """Draw the log of a training run: report.png and a report.html that needs nothing beside it.
-
-    Args:
-        run: The directory that nanoglm train wrote, finished or not.
-    """
-    from nanoglm.train.report import report as write
-
-    for path in write(run):
-        print(path)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -398,7 +304,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "doctor": doctor,
     "data": data,
-    "train": _train(Recipe()),
+    "train": training(Recipe()),
     "report": report,
 }
 
@@ -408,7 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments, commands = list(sys.argv[1:] if arguments is None else arguments), COMMANDS
     try:
         if len(arguments) > 1 and arguments[0] == "train" and arguments[1].endswith(".py"):
-            commands = COMMANDS | {"train": _train(_recipe(Path(arguments.pop(1))))}
+            commands = COMMANDS | {"train": training(recipe_of(Path(arguments.pop(1))))}
         tyro.extras.subcommand_cli_from_dict(commands, prog="nanoglm", args=arguments, description=__doc__)
     except NanoglmError as error:
         print(f"nanoglm: {error}", file=sys.stderr)
