@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import tyro
 
 from nanoglm.config import FULL, GLMConfig
+from nanoglm.errors import InputError
 from nanoglm.model import GLM, Attention
 from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse
 from nanoglm.train.run import Corpus, config_of, corpus
@@ -26,6 +28,7 @@ from nanoglm.train.trainer import Keep, train
 from nanoglm.train.validate import Validation
 
 STAGES = (dense(0.7, 256), indexer_warmup(0.1, 256), sparse(0.2, 256, indexer_every=2))
+VALIDATION_TOKENS = 65_536
 BASE = Recipe("nano", steps=400, tokens=2048, warmup=20, optimizer="muon", rate=8e-3, stages=STAGES)
 
 
@@ -61,33 +64,28 @@ VARIANTS: dict[str, tuple[dict[str, Any], Callable[[GLMConfig], GLMConfig]]] = {
 
 @dataclass(frozen=True)
 class Both(Validation):
-    """Validates dense and under Selections in every stage: at a border that shows what the switch costs."""
+    """Validates dense and under Selections in every stage, which at a border shows what the switch costs; keeps all."""
+
+    kept: list[dict[str, float]] = field(default_factory=list)
 
     def run(self, model: GLM, attention: Attention) -> dict[str, float]:
-        return super().run(model, "masked")
+        self.kept.append(super().run(model, "masked"))
+        return self.kept[-1]
 
 
 def run(name: str, seed: int, data: Corpus, base: Recipe) -> dict[str, Any]:
-    """One variant with one seed: what validations at the stages' borders found."""
+    """One variant with one seed: what validations at the stages' ends found."""
     changes, shape = VARIANTS[name]
     recipe = replace(base, seed=seed, **changes)
-    assert data.text is not None and data.val is not None
+    if data.text is None or data.val is None or recipe.steps % 10:
+        raise InputError(f"steps is {recipe.steps}; expected a multiple of 10, and a text")
     model = GLM(shape(config_of(recipe, data.tokenizer))).initialise(seed)
-    log = Path(f"{name}.{seed}.partial.jsonl")
-    log.unlink(missing_ok=True)
-    every = round(recipe.steps * 0.1)
-    keep = Keep(log, recipe.steps, validation=Both(data.val, 256, 65_536), validate_every=every, quiet=True)
-    began = time.perf_counter()
-    train(model, data.text, recipe, keep)
-    seconds = time.perf_counter() - began
-    found = [json.loads(line) for line in log.read_text().splitlines()]
-    log.unlink()
-    borders = {line["step"] + 1: line for line in found if "val_dense" in line}
-    ends = [
-        round(recipe.steps * sum(stage.share for stage in recipe.stages[: i + 1])) for i in range(len(recipe.stages))
-    ]
-    at = {stage.name: borders[end] for stage, end in zip(recipe.stages, ends, strict=True)}
-    return {"variant": name, "seed": seed, "steps": recipe.steps, "seconds": round(seconds, 1), "at": at}
+    validation, began = Both(data.val, 256, VALIDATION_TOKENS), time.perf_counter()
+    train(model, data.text, recipe, Keep(validation=validation, validate_every=recipe.steps // 10, quiet=True))
+    tenths = (round(10 * share) for share in accumulate(stage.share for stage in recipe.stages))
+    at = {stage.name: validation.kept[end - 1] for stage, end in zip(recipe.stages, tenths, strict=True)}
+    seconds = round(time.perf_counter() - began, 1)
+    return {"variant": name, "seed": seed, "steps": recipe.steps, "seconds": seconds, "at": at}
 
 
 Runs = dict[int, dict[str, Any]]  # by seed
@@ -144,7 +142,7 @@ def main(
         text: A UTF-8 file or a folder of .txt files; the last tenth is unseen.
         out: JSON lines, one a run.
         seeds: Of each variant.
-        variants: Those to run; the table shows all that are in the file.
+        variants: Those to run; the table shows all in the file that have so many steps.
         steps: Of a run, a multiple of 10.
     """
     data = corpus(text)
@@ -152,13 +150,14 @@ def main(
     for seed in range(seeds):
         for name in variants:
             if not any((run["variant"], run["seed"], run["steps"]) == (name, seed, steps) for run in done):
-                done.append(run_ := run(name, seed, data, replace(BASE, steps=steps)))
+                done.append(run(name, seed, data, replace(BASE, steps=steps)))
                 with out.open("a") as file:
-                    file.write(json.dumps(run_) + "\n")
-                print(name, seed, run_["seconds"], run_["at"][BASE.stages[-1].name if name != "dense" else "dense"])
+                    file.write(json.dumps(done[-1]) + "\n")
+                print(name, seed, done[-1]["seconds"], list(done[-1]["at"].values())[-1])
     runs: dict[str, Runs] = {}
     for found in done:
-        runs.setdefault(found["variant"], {})[found["seed"]] = found
+        if found["steps"] == steps:
+            runs.setdefault(found["variant"], {})[found["seed"]] = found
     print("| effect | measure | mean | standard error | seeds |\n| --- | --- | ---: | ---: | ---: |")
     for effect, measure, values in rows(runs):
         if values:

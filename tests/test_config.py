@@ -577,3 +577,28 @@ def test_junk_is_a_config_error_or_a_config(data: st.DataObject) -> None:
         assert str(error).startswith("config field") and len(str(error).splitlines()) == 1
     else:
         assert GLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# ------------------------------------------------------------------------------- the dial
+@pytest.mark.parametrize("depth", [2, 4, 12, 64])
+def test_the_dial_keeps_the_proportions_of_mini(depth: int) -> None:
+    config = GLMConfig.preset(f"d{depth}")
+    assert config.num_hidden_layers == depth and config.num_attention_heads * 64 == config.hidden_size
+    assert abs(config.hidden_size - 48 * depth) <= 32 or config.hidden_size == 128
+    assert config.pattern == types_letters(depth)
+    assert (config.q_lora_rank, config.kv_lora_rank) == (config.hidden_size // 2, config.hidden_size // 4)
+
+
+def types_letters(depth: int) -> str:
+    """Three Full layers, then one in four."""
+    return "".join("F" if i < 3 or (i - 2) % 4 == 0 else "S" for i in range(depth))
+
+
+@pytest.mark.parametrize("name", ["d1", "d65", "d", "dx", "d-4"])
+def test_beyond_the_dial_is_one_sentence(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"preset '{name}' is unknown; expected one of tiny, .*, or d2 to d64"):
+        GLMConfig.preset(name)
+
+
+def test_a_preset_at_another_depth() -> None:
+    assert GLMConfig.preset("nano", num_hidden_layers=4).pattern == "FFSS"
