@@ -45,10 +45,10 @@ def orthogonalise(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """U Vᵀ of each matrix of x [N, R, C] = U S Vᵀ, with singular values near 1 rather than 1: five Newton-Schulz steps.
 
     Args:
-        dtype: of the products; bf16 on CUDA and fp32 elsewhere if left out.
+        dtype: of the products; if left out bf16 on CUDA and elsewhere fp32, or that of x if it is wider.
     """
     a, b, c = NEWTON_SCHULZ
-    y = x.to(dtype or (torch.bfloat16 if x.is_cuda else torch.float32))
+    y = x.to(dtype or (torch.bfloat16 if x.is_cuda else torch.promote_types(x.dtype, torch.float32)))
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
@@ -97,13 +97,9 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 cut: Cut = group["cut"]
                 whole: Tensor = parameter
-                if isinstance(
-                    update, DTensor
-                ):  # a piece may lie on several ranks: each moves the whole, keeps its shard
-                    update, whole = (
-                        update.full_tensor(),
-                        torch.zeros(update.shape, dtype=update.dtype, device=update.device),
-                    )
+                if isinstance(update, DTensor):  # a piece may lie on several ranks: each moves all, keeps its shard
+                    update = update.full_tensor()
+                    whole = torch.zeros_like(update)
                     sharded.append((parameter, whole))
                 for target, piece in zip(cut.pieces(whole), cut.pieces(update), strict=True):
                     by_shape.setdefault(tuple(piece.shape[1:]), []).append((target, piece, group["lr"]))

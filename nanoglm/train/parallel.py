@@ -76,7 +76,7 @@ class Ranks:
             raise InputError(f"step has {n} sequences; expected a multiple of the {self.world} processes")
         if pass_tokens is not None and len(set(sample.counts)) > 1:
             raise InputError(
-                "pass_tokens is set and sequences have unlike lengths; expected one of both on one process"
+                f"pass_tokens is {pass_tokens}; expected none on several processes where sequences have unlike lengths"
             )
         begin, end = self.rank * n // self.world, (self.rank + 1) * n // self.world
         rows = slice(sum(sample.counts[:begin]), sum(sample.counts[:end]))

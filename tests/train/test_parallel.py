@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from torch.multiprocessing import spawn
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
-from nanoglm.train.data import Tokens
+from nanoglm.train import trainer
+from nanoglm.train.data import Sample, Tokens
 from nanoglm.train.parallel import Ranks, check_pipeline, parallelise
 from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse
 from nanoglm.train.trainer import Keep, train
@@ -30,6 +30,20 @@ RECIPE = Recipe("tiny", steps=5, tokens=256, pass_tokens=64, stages=STAGES, warm
 
 def build(dtype: torch.dtype) -> GLM:
     return GLM(GLMConfig.preset("tiny").replace(initializer_range=0.15)).initialise(0).to(dtype)
+
+
+def record(patch: pytest.MonkeyPatch | None = None) -> list[dict[str, float]]:
+    """Collects each step's mean losses, unrounded, from now on; of this process for good, if nothing undoes it."""
+    means: list[dict[str, float]] = []
+    real = trainer.backward
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        done = real(*arguments, **options)
+        means.append({name: float(value) for name, value in done.means.items()})
+        return done
+
+    (patch or pytest.MonkeyPatch()).setattr(trainer, "backward", recorded)
+    return means
 
 
 def whole(model: GLM) -> dict[str, Tensor]:
@@ -46,32 +60,34 @@ def _work(rank: int, world: int, expert: int, recipe: Recipe, dtype: torch.dtype
     ranks = Ranks(expert)
     model = parallelise(build(dtype), ranks)
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
-    train(model, TEXT, recipe, Keep(Path(folder) / "log.jsonl", log_every=1), ranks)
+    means = record()
+    train(model, TEXT, recipe, Keep(quiet=True), ranks)
     state = whole(model)
     found: list[Any] = [None] * world
     dist.all_gather_object(found, (held, ranks.sent))
     if rank == 0:
-        torch.save({"state": state, "ranks": found}, f"{folder}/found.pt")
+        torch.save({"state": state, "ranks": found, "means": means}, f"{folder}/found.pt")
     dist.destroy_process_group()
 
 
 def together(world: int, expert: int, recipe: Recipe, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     spawn(_work, (world, expert, recipe, dtype, str(folder)), world)
     found: dict[str, Any] = torch.load(folder / "found.pt")
-    found["log"] = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return found
 
 
 def check(world: int, expert: int, recipe: Recipe, dtype: torch.dtype, folder: Path) -> None:
     alone = build(dtype)
-    train(alone, TEXT, recipe, Keep(folder / "alone.jsonl", log_every=1))
+    with pytest.MonkeyPatch.context() as patch:
+        means = record(patch)
+        train(alone, TEXT, recipe, Keep(quiet=True))
     found = together(world, expert, recipe, dtype, folder)
-    losses = [json.loads(line) for line in (folder / "alone.jsonl").read_text().splitlines()]
     limit = 1e-9 if dtype is torch.float64 else 1e-5
-    assert len(found["log"]) == recipe.steps
-    for one, many in zip(losses, found["log"], strict=True):
-        for name in one.keys() - {"seconds"}:
-            assert many[name] == pytest.approx(one[name], abs=max(limit, 1e-4)), (one["step"], name)  # 4 places
+    assert len(means) == recipe.steps
+    for step, (one, many) in enumerate(zip(means, found["means"], strict=True)):
+        assert many.keys() == one.keys()
+        for name in one:
+            assert many[name] == pytest.approx(one[name], abs=limit), (step, name)
     if dtype is torch.float64:
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(found["state"][name], value, rtol=limit, atol=limit, msg=name)
@@ -107,6 +123,24 @@ def _lonely(rank: int, folder: str) -> None:
         layer.mlp.gate.e_score_correction_bias[0] = 100.0  # all tokens choose expert 0
     train(parallelise(model, ranks := Ranks(2)), TEXT, replace(RECIPE, steps=2), Keep(quiet=True), ranks)
     assert (ranks.sent > 0) == (rank == 1)
+    dist.destroy_process_group()
+
+
+def test_what_several_processes_cannot_do_is_refused(tmp_path: Path) -> None:
+    spawn(_refused, (str(tmp_path),), 2)
+
+
+def _refused(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    ranks, part = Ranks(), Sample(torch.zeros(6).long(), torch.zeros(6).long(), (3, 2, 1))
+    with pytest.raises(InputError, match="step has 3 sequences; expected a multiple of the 2 processes"):
+        ranks.share(part, None)
+    with pytest.raises(InputError, match="pass_tokens is 4; expected none on several processes"):
+        ranks.share(Sample(part.ids[:5], part.targets[:5], (3, 2)), 4)
+    with pytest.raises(InputError, match="expert is 3; expected a divisor of the 2 processes"):
+        Ranks(3)
+    with pytest.raises(InputError, match="checkpoint is .*; expected none, several processes cannot keep a run yet"):
+        train(build(torch.float32), TEXT, RECIPE, Keep(checkpoint=Path(folder)), ranks)
     dist.destroy_process_group()
 
 
