@@ -54,14 +54,10 @@ def restore(directory: Path, model: GLM, movers: Iterable[torch.optim.Optimizer]
         InputError: the run had another recipe. CheckpointError: no such checkpoint, a damaged one or another model's.
     """
     assert is_dataclass(recipe) and not isinstance(recipe, type)
+    progress, saved = _numbers(directory)
     try:
-        numbers = json.loads((directory / NUMBERS).read_text())
-        progress = Progress(int(numbers["step"]), float(numbers["seconds"]), dict(numbers["sources"]))
-        saved: Mapping[str, Any] = numbers["recipe"]
         tensors = load_file(directory / OPTIMIZERS)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {directory} is damaged: {error}") from None
     for name, value in json.loads(json.dumps(asdict(recipe))).items():  # tuples are lists there
         if saved.get(name) != value:
@@ -83,6 +79,22 @@ def restore(directory: Path, model: GLM, movers: Iterable[torch.optim.Optimizer]
         parameter = by_name[name]
         owner[id(parameter)].state[parameter][kind] = value.to(parameter.device) if value.ndim else value
     return progress
+
+
+def kept_recipe(directory: Path) -> Mapping[str, Any]:
+    """The recipe with which the kept run began, as plain values. Raises CheckpointError."""
+    return _numbers(directory)[1]
+
+
+def _numbers(directory: Path) -> tuple[Progress, Mapping[str, Any]]:
+    try:
+        numbers = json.loads((directory / NUMBERS).read_text())
+        progress = Progress(int(numbers["step"]), float(numbers["seconds"]), dict(numbers["sources"]))
+        return progress, dict(numbers["recipe"])
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory} cannot be read: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {directory} is damaged: {error}") from None
 
 
 def _tensors(model: GLM, movers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:

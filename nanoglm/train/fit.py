@@ -36,9 +36,8 @@ def fit(
         InputError: one sequence of the longest stage takes more.
     """
     longest = max(stage.length for stage in recipe.stages)
-    size, peak = recipe.tokens, float("inf")
+    size = recipe.tokens
     while True:
-        size = max(size, longest)
         fitted = replace(recipe, pass_tokens=size)
         peak = measure(fitted, config, device)
         tell(f"fit: passes of {size:,} tokens take {peak:.2f} GB of {budget / 1e9:g} GB")
@@ -46,7 +45,7 @@ def fit(
             return fitted
         if size == longest:
             raise InputError(f"fit is {budget / 1e9:g} GB; expected at least {peak:.2f} GB, which one sequence takes")
-        size //= 2
+        size = max(size // 2, longest)
 
 
 def measure(recipe: Recipe, config: GLMConfig, device: str = "cpu") -> float:

@@ -98,11 +98,15 @@ def balance(scores_TE: Tensor, ids_Tk: Tensor, sample: Sample) -> tuple[Tensor, 
     return (frequent_BE * mean_BE).sum(), len(ids_Tk)  # mean_BE still has the length in it, which is the weight
 
 
-def counts(sample: Sample, depths: int) -> dict[str, int]:
-    """How much each loss will count, known before it is computed, so that parts of a step add exactly."""
+def counts(sample: Sample, depths: int, accepts: bool = False) -> dict[str, int]:
+    """How much each loss will count, known before it is computed, so that parts of a step add exactly.
+
+    Args:
+        accepts: of MTP, for :func:`total_variation` rather than :func:`mtp`.
+    """
     learnt = draft_targets(sample, depths) >= 0
     return {
-        "loss": int((sample.targets >= 0).sum()), "mtp": int(learnt.sum()), "mtp_tv": int(learnt.all(0).sum()),
+        "loss": int((sample.targets >= 0).sum()), "mtp": int((learnt.all(0) if accepts else learnt).sum()),
         "kl": len(sample.ids), "balance": len(sample.ids),
     }  # fmt: skip
 
@@ -164,7 +168,7 @@ class _IndexerKL(torch.autograd.Function):
             dots = (q[:, begin:end] @ seen.mT).relu()  # [B, t, J, S]
             scores = (w[:, begin:end, None] @ dots).squeeze(2)
             log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
-            p = _attention(teachers, begin, end, scale, mask, at)
+            p = attention(teachers, begin, end, scale, mask, at)
             total += torch.where(p > 0, p * (p.clamp(min=1e-30).log() - log_q), 0.0).sum()
             d = log_q.exp() - p  # both 0 where nothing is seen
             dw[:, begin:end] = (dots @ d[..., None]).squeeze(-1)
@@ -183,10 +187,16 @@ class _IndexerKL(torch.autograd.Function):
         return *(grad * x for x in ctx.saved_tensors), None, None, None, None
 
 
-def _attention(
+def attention(
     teachers: Sequence[tuple[Tensor, Tensor]], begin: int, end: int, scale: float, mask: Tensor, at: Tensor | None
 ) -> Tensor:
-    """Mean over layers and heads of the attention of rows [begin, end) to what they see: [B, t, S or K]."""
+    """Mean over layers and heads of the attention of rows [begin, end) to what they see: [B, t, S or K].
+
+    Args:
+        teachers: per layer queries [B, L, H, A] and keys [B, L, H, A], or [B, L, A] if all heads share them.
+        mask: which of the S = end keys, or of the K places of ``at``, a row sees.
+        at: positions of K selected keys, [B, t, K]; all up to ``end`` if None.
+    """
     mean: Tensor | None = None
     for queries, keys in teachers:
         if keys.ndim == 3 and at is not None:  # one key for all heads: gather those that are selected

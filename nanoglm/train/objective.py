@@ -17,7 +17,7 @@ from nanoglm.model.indexer import IndexerInputs
 from nanoglm.model.moe import MoE
 from nanoglm.train import losses
 from nanoglm.train.data import Sample
-from nanoglm.train.recipe import Recipe, Stage
+from nanoglm.train.recipe import Recipe
 
 Sum = tuple[Tensor, int]
 Total = Callable[[Tensor], Tensor]  # of a tensor over all ranks
@@ -41,15 +41,15 @@ def backward(
         sharded: the model's gradients are reduced by hooks on the graph of its hidden states, which must have one even
             where the backbone rests.
     """
-    stage, late = recipe.stage(step), recipe.is_late(step)
+    stage = recipe.stage(step)
     weights = {
         "loss": 1.0,
-        "mtp": recipe.late_mtp_weight if late else recipe.mtp_weight,
+        "mtp": recipe.late_mtp_weight if recipe.is_late(step) else recipe.mtp_weight,
         "balance": recipe.balance_weight,
         "kl": 1.0,
     }
     parts, done = sample.split(recipe.pass_tokens), Done()
-    counts = _counts(parts, stage, recipe, late, total)
+    counts = _counts(parts, recipe, step, total)
     for part in parts:
         found, tape = terms(model, part, recipe, step)
         means = {name: value / counts[name] for name, (value, _) in found.items()}
@@ -72,15 +72,12 @@ def _still(mean: Tensor, graph: bool) -> Tensor:
     return mean.detach() + 0.0 * mean if graph else mean.detach()
 
 
-def _counts(parts: list[Sample], stage: Stage, recipe: Recipe, late: bool, total: Total) -> dict[str, int]:
+def _counts(parts: list[Sample], recipe: Recipe, step: int, total: Total) -> dict[str, int]:
     """Of each term over the whole step; at least 1, so that a step without a target divides by something."""
-    each = [losses.counts(part, recipe.mtp_depths) for part in parts]
+    each = [losses.counts(part, recipe.mtp_depths, recipe.accepts(step)) for part in parts]
     names = list(each[0])
     sums = total(torch.tensor([sum(count[name] for count in each) for name in names]))
-    found = {name: max(1, int(n)) for name, n in zip(names, sums, strict=True)}
-    if late and recipe.late_drafts == "total_variation" and stage.backbone:
-        found["mtp"] = found["mtp_tv"]
-    return found
+    return {name: max(1, int(n)) for name, n in zip(names, sums, strict=True)}
 
 
 def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[str, Sum], Tape]:
@@ -91,13 +88,13 @@ def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[s
     output = model(sample.ids, sample.batch, BatchStore(), attention=stage.attention, tape=tape)
     found = {"loss": losses.cross_entropy(model, output.hidden, sample.targets)}
     if model.config.num_nextn_predict_layers:
-        variation = recipe.is_late(step) and recipe.late_drafts == "total_variation" and stage.backbone
-        found["mtp"] = (losses.total_variation if variation else losses.mtp)(model, output, sample, recipe.mtp_depths)
+        drafting = losses.total_variation if recipe.accepts(step) else losses.mtp
+        found["mtp"] = drafting(model, output, sample, recipe.mtp_depths)
     if stage.backbone and tape.experts and recipe.balance_weight:
         found["balance"] = balance_loss(tape, sample)
     if index:
-        sparse, own = stage.attention != "dense", recipe.own_layer_kl
-        found["kl"] = indexer_loss(model, tape, sample, sparse=sparse, own=own)
+        sparse = stage.attention != "dense"
+        found["kl"] = indexer_loss(model, tape, sample, sparse=sparse, own=recipe.own_layer_kl)
     return found, tape
 
 

@@ -88,8 +88,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps is {self.steps}; expected at least 1")
+        for name in ("steps", "tokens", "warmup", "mtp_depths", "depth", "pass_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
         if not math.isclose(total := sum(stage.share for stage in self.stages), 1.0, rel_tol=1e-6):
@@ -99,6 +101,11 @@ class Recipe:
                 raise InputError(
                     f"stage {stage.name} has share {stage.share:g} and length {stage.length}; expected a share of 0 or "
                     f"more and a length that divides tokens ({self.tokens})"
+                )
+            if stage.indexer_every < 0 or (not stage.backbone and stage.indexer_every != 1):
+                raise InputError(
+                    f"stage {stage.name} has indexer_every {stage.indexer_every}; expected 0 or more, and 1 where the "
+                    "backbone rests, or a step would learn nothing"
                 )
 
     def stage(self, step: int) -> Stage:
@@ -122,6 +129,10 @@ class Recipe:
     def is_late(self, step: int) -> bool:
         """Whether balance rests and MTP weighs less."""
         return step / self.steps >= self.late
+
+    def accepts(self, step: int) -> bool:
+        """Whether MTP learns to be accepted (total variation) rather than to be likely."""
+        return self.late_drafts == "total_variation" and self.is_late(step) and self.stage(step).backbone
 
     def rates(self, step: int) -> tuple[float, float]:
         """(backbone, indexers): ``warmup`` steps up, cosine to ``floor``; where the backbone rests, it pauses."""

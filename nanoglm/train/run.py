@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from nanoglm.api import Model, load
+from nanoglm.api import Model
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
 from nanoglm.engine import SamplingParams, generate
 from nanoglm.errors import InputError
 from nanoglm.memory import peak_memory
 from nanoglm.model import GLM
-from nanoglm.train.checkpoint import NUMBERS
+from nanoglm.train.checkpoint import NUMBERS, kept_recipe
 from nanoglm.train.data import END_OF_TEXT, Source, Tokens, Windows
 from nanoglm.train.fit import fit
 from nanoglm.train.recipe import Recipe
@@ -32,6 +32,7 @@ from nanoglm.weights import SHARED_INDEXERS
 
 TRAINING = "training"  # of a run that is not finished, inside its directory
 LOG = "train.jsonl"
+VALIDATION_TOKENS = 1 << 17  # of the unseen text, from its beginning: a validation is no second run
 ENDS = (END_OF_TEXT, "<|user|>", "<|observation|>")  # generation stops there (serving spec 1.1)
 
 
@@ -123,7 +124,7 @@ def run(
     data: Corpus,
     recipe: Recipe,
     out: Path,
-    init: Path | None = None,
+    init: Model | None = None,
     *,
     device: str = "auto",
     budget: float | None = None,
@@ -137,8 +138,9 @@ def run(
     Until the end the run is kept in ``out/training``.
 
     Args:
-        init: a checkpoint directory to start from, instead of random weights in the preset's shape.
-        device: auto takes CUDA (or ROCm) where it is. budget: bytes of memory to stay within, see :mod:`fit`.
+        init: a model to start from, instead of random weights in the preset's shape.
+        device: auto takes CUDA (or ROCm) where it is.
+        budget: bytes of memory to stay within, see :mod:`fit`; a resumed run keeps what was measured when it began.
         resume: go on with the run that ``out`` holds.
 
     Raises:
@@ -161,15 +163,15 @@ def run(
         raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(stderr=True, highlight=False)
-    model = (
-        GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed) if init is None else load(init).module.train()
-    )
-    if budget is not None:
+    model = init.module.train() if init else GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed)
+    if budget is not None and resume:
+        recipe = replace(recipe, pass_tokens=kept_recipe(training)["pass_tokens"])
+    elif budget is not None:
         recipe = fit(recipe, model.config, budget, where, console.print)
     model = model.to(where)
     length = recipe.stages[0].length
-    val = Validation(data.val, length, depths=recipe.mtp_depths) if data.val is not None else None
-    val = val if val is not None and val.samples() else None
+    val = Validation(data.val, length, VALIDATION_TOKENS, recipe.mtp_depths) if data.val is not None else None
+    val = val if val is not None and val.windows else None
     board = out / "tensorboard" if tensorboard else None
     keep = Keep(out / LOG, 20, training, save_every, val, validate_every, _sampler(model, data.tokenizer), board)
     train(model, sources, recipe, keep)

@@ -1,11 +1,9 @@
 """The trainer: steps through a recipe's stages, logged, validated and kept so that it can go on.
 
-    dense            next-token and MTP loss, dense attention
-    indexer_warmup   the indexers alone learn dense attention (KL), the backbone rests
-    sparse, long     attention under Selections; indexers learn from the selected set
-    sft              the same on conversations
-
-Shape legend: B sequences, L length.
+dense            next-token and MTP loss, dense attention
+indexer_warmup   the indexers alone learn dense attention (KL), the backbone rests
+sparse, long     attention under Selections; indexers learn from the selected set
+sft              the same on conversations
 """
 
 from __future__ import annotations
@@ -94,8 +92,10 @@ def train(
         ranks: the processes that share the run; the model is parallelised already.
 
     Raises:
-        InputError, CheckpointError: the checkpoint cannot be written, or is of another run.
+        InputError, CheckpointError: the checkpoint cannot be written, is of another run, or is asked of several ranks.
     """
+    if ranks is not None and keep is not None and keep.checkpoint is not None:
+        raise InputError(f"checkpoint is {keep.checkpoint}; expected none, several processes cannot keep a run yet")
     sources = {"text": Windows(data, recipe.seed)} if isinstance(data, Tokens) else data
     run = _Run(model, sources, recipe, keep or Keep(), ranks)
     run.resume()

@@ -3,7 +3,7 @@
 The monitors of training spec 6: attention mass inside the top-k, active share of the indexers' ReLU (a head at 0 learns
 no more), load of the experts, drafts that verification would accept.
 
-Shape legend: T tokens, J indexer heads, S keys, E experts.
+Shape legend: T tokens, J indexer heads, S keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nanoglm import ops
 from nanoglm.model import GLM, Attention, BatchStore, Tape
@@ -36,10 +35,15 @@ class Validation:
     limit: int | None = None
     depths: int = 2
 
+    @property
+    def windows(self) -> int:
+        """How many there are."""
+        usable = min(len(self.tokens), (self.limit or len(self.tokens)) + 1)
+        return max(0, usable - 1) // self.length
+
     def samples(self) -> list[Sample]:
         """Its windows, as many in one pass as fit."""
-        usable = min(len(self.tokens), (self.limit or len(self.tokens)) + 1)
-        windows = max(0, usable - 1) // self.length
+        windows = self.windows
         each = max(1, PASS_TOKENS // self.length)
         found = []
         for begin in range(0, windows, each):
@@ -108,14 +112,9 @@ def _indexers(model: GLM, tape: Tape, sample: Sample) -> tuple[list[float], list
             selection_TK = ops.select(q_TJI, weights_TJ, keys_SI, first, config.index_topk)
             rows = selection_TK[config.index_topk :].long()
             for other in served:
-                q_THA, k_SHA = tape.attention[other]
-                p_TS = _attention(q_THA[:length], k_SHA[:length], config.qk_head_dim**-0.5)
+                q_THA, k_SHA = (x[None, :length] for x in tape.attention[other])
+                (p_TS,) = losses.attention(
+                    [(q_THA, k_SHA)], 0, length, config.qk_head_dim**-0.5, visible_TS[None], None
+                )
                 masses.append(float(p_TS[config.index_topk :].gather(1, rows).sum(1).mean()))
     return masses, active
-
-
-def _attention(q_THA: Tensor, k_SHA: Tensor, scale: float) -> Tensor:
-    """Causal attention [T, S] of one sequence, mean over the heads."""
-    logits_HTS = q_THA.transpose(0, 1) @ k_SHA.permute(1, 2, 0) * scale
-    future = torch.ones(logits_HTS.shape[1:], dtype=torch.bool, device=logits_HTS.device).triu(1)
-    return logits_HTS.masked_fill(future, -torch.inf).softmax(-1).mean(0)

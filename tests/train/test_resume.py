@@ -124,6 +124,20 @@ def test_the_command_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "holds no unfinished run" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_the_passes_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another try might fit another size, and other passes add in another order."""
+    (tmp_path / "text.txt").write_text("It was a dark evening in November. " * 60)
+    stages = ["--tokens", "1024", "--stages.2.length", "256", "--steps", "4", "--save-every", "1"]
+    command = ["train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "a"), "--preset", "tiny"]
+    monkeypatch.setattr("nanoglm.train.run.fit", lambda recipe, *_: replace(recipe, pass_tokens=512))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        stop_before(patch, 2)
+        main([*command, *stages, "--fit", "1GB"])
+    monkeypatch.setattr("nanoglm.train.run.fit", lambda recipe, *_: replace(recipe, pass_tokens=256))
+    main([*command, *stages, "--fit", "1GB", "--resume"])
+    assert (tmp_path / "a" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_kills_corrupt_nothing(tmp_path: Path) -> None:

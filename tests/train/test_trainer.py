@@ -111,6 +111,13 @@ def test_a_stage_sets_the_rotation_for_those_behind_it() -> None:
         ({"stages": (dense(0.5),)}, "shares of the stages are 0.5 together; expected 1"),
         ({"tokens": 100}, r"stage dense has share 0.75 and length 32; expected .* divides tokens \(100\)"),
         ({"stages": (dense(-1.0), dense(2.0))}, "stage dense has share -1"),
+        ({"warmup": 0}, "warmup is 0; expected at least 1"),
+        ({"mtp_depths": 0}, "mtp_depths is 0; expected at least 1"),
+        ({"pass_tokens": 0}, "pass_tokens is 0; expected at least 1"),
+        (
+            {"stages": (replace(indexer_warmup(1.0, 32), indexer_every=2),)},
+            "stage indexer_warmup has indexer_every 2; expected .* 1 where the backbone rests",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -284,11 +291,12 @@ def test_counts_are_foretold(depths: int) -> None:
     targets[torch.tensor([3, 4, 5, 40])] = data.IGNORE
     sample = Sample(ids[:-1], targets, (17, 1, 30, 16))
     recipe = replace(QUICK, stages=(sparse(1.0, 32, 1),), mtp_depths=depths, balance_weight=0.1, late=0.5)
-    expected, model = losses.counts(sample, depths), build()
+    tv, model = replace(recipe, late_drafts="total_variation"), build()
     for step in (0, 3):
-        tv = replace(recipe, late_drafts="total_variation")
-        for name, (_, count) in objective.terms(model, sample, tv, step)[0].items():
-            assert count == expected["mtp_tv" if name == "mtp" and step else name], name
+        expected = losses.counts(sample, depths, accepts=step == 3)
+        found = objective.terms(model, sample, tv, step)[0]
+        assert {name: count for name, (_, count) in found.items()} == expected
+    assert losses.counts(sample, depths)["mtp"] != expected["mtp"] or depths == 1
 
 
 def test_gradients_of_an_objective_are_those_of_finite_steps() -> None:
