@@ -587,6 +587,7 @@ def test_the_dial_keeps_the_proportions_of_mini(depth: int) -> None:
     assert abs(config.hidden_size - 48 * depth) <= 32 or config.hidden_size == 128
     assert config.pattern == types_letters(depth)
     assert (config.q_lora_rank, config.kv_lora_rank) == (config.hidden_size // 2, config.hidden_size // 4)
+    assert (config.moe_intermediate_size, config.intermediate_size) == (config.hidden_size // 2, 3 * config.hidden_size)
 
 
 def types_letters(depth: int) -> str:

@@ -32,6 +32,9 @@ def test_the_largest_pass_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match=r"fit is 1 GB; expected at least 1\.13 GB, which one sequence takes"):
         fit(RECIPE, CONFIG, 1e9)
     assert tried[-1] == 128  # one sequence of the longest stage
+    tried.clear()
+    assert fit(replace(RECIPE, tokens=384), CONFIG, 1.13e9).pass_tokens == 128
+    assert tried == [384, 192, 128]  # no half of a sequence
 
 
 @pytest.mark.slow

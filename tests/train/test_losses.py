@@ -395,6 +395,13 @@ def test_indexer_loss_is_the_mean_over_indexers_of_their_group(ids: Tensor, atte
     assert sorted(tape.attention) == [0, 1, 2, 3, 4]
     loss, count = indexer_loss(model, tape, sample(ids), sparse=sparse)
     assert loss.item() / count == pytest.approx(sum(terms) / 3, rel=1e-6)
+    own = []
+    for first in (0, 2, 4):
+        selection = tape.selections[first] if sparse else None
+        total, n = losses.indexer_kl(tape.indexer[first], [tape.attention[first]], LENGTH, 32**-0.5, selection)
+        own.append(total.item() / n)
+    loss, count = indexer_loss(model, tape, sample(ids), sparse=sparse, own=True)
+    assert loss.item() / count == pytest.approx(sum(own) / 3, rel=1e-6) != pytest.approx(sum(terms) / 3, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------- packed sequences
