@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import nanoglm
 from nanoglm import SamplingParams
 from nanoglm.api import DEFAULT_MODEL
 from nanoglm.eval.perplexity import all_full, evaluate
+from nanoglm.verify.oracle import hf, our_tie_rule, silent
 
 NOVELS = Path(__file__).parents[2] / "shared" / "data" / "english-novels"
 HELD_OUT = NOVELS / "val" / "Gissing_Women_1893.txt"
@@ -28,6 +33,26 @@ def test_bits_per_byte_of_an_unseen_novel() -> None:
     bits = [row.bits_per_byte for row in rows]
     assert max(bits) < 2.05 and max(bits) - min(bits) < 0.02
     assert rows[1].pairs_scored == 3 * rows[2].pairs_scored  # 12 indexers against 4
+
+
+@torch.no_grad()
+def test_transformers_finds_the_same_loss_on_ten_thousand_tokens() -> None:
+    """The trained checkpoint, read by both from its directory: 20 sequences of eight times k tokens."""
+    ids = nanoglm.load().tokenizer.encode(inspect.getsource(argparse))[:10_240]
+    windows = torch.tensor(ids).view(20, 512)
+    with silent():
+        theirs = hf.GlmMoeDsaForCausalLM.from_pretrained(
+            DEFAULT_MODEL, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+        ).eval()
+    with our_tie_rule():
+        expected = torch.stack([theirs(window[None], use_cache=False).logits[0] for window in windows])
+    found = torch.stack(nanoglm.load(latent_norm_eps=1e-6).logits(windows.tolist()))
+    assert loss(found, windows) == pytest.approx(loss(expected, windows), abs=1e-5)
+
+
+def loss(logits: torch.Tensor, windows: torch.Tensor) -> float:
+    """Nats a token."""
+    return float(F.cross_entropy(logits[:, :-1].double().flatten(0, 1), windows[:, 1:].flatten()))
 
 
 @needs_novels
