@@ -98,7 +98,12 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
 
 
 def evaluate_text(
-    text: Path, model: str | None = None, context: int = 512, tokens: int | None = None, dtype: DType = "float32"
+    text: Path,
+    model: str | None = None,
+    context: int = 512,
+    tokens: int | None = None,
+    dtype: DType = "float32",
+    index_dtype: Literal["int8"] | None = None,
 ) -> None:
     """Nats and bits per byte of a text: dense, all-Full sparse and IndexShare side by side.
 
@@ -108,6 +113,7 @@ def evaluate_text(
         context: Tokens a window; each is scored on its own.
         tokens: Score only the first so many tokens.
         dtype: Of the weights in memory.
+        index_dtype: Of index keys, for a row that shows what keeping them so costs.
     """
     try:
         content = text.read_text(encoding="utf-8-sig")
@@ -121,6 +127,7 @@ def evaluate_text(
         task = progress.add_task("evaluating", total=1.0)
         rows = evaluate(
             loaded, content, context=context, tokens=tokens, full=full,
+            index_dtype=None if index_dtype is None else torch.int8,
             progress=lambda share: progress.update(task, completed=share),
         )  # fmt: skip
     table = Table("attention", "nats/token", "nats/byte", "bits/byte", "pairs scored", "rows attended")
@@ -130,6 +137,8 @@ def evaluate_text(
             f"{row.pairs_scored:,}", f"{row.rows_attended:,}",
         )  # fmt: skip
     Console(width=max(Console().width, 96)).print(table)  # figures are never cut
+    if rows[-1].overlap is not None:
+        print(f"{rows[-1].name}: {rows[-1].overlap:.2%} of what they select is what exact ones select, beyond k tokens")
     if not any(row.name == "all-Full sparse" for row in rows):
         print("all-Full sparse: not to be had, the Shared layers of this checkpoint own no indexer")
 

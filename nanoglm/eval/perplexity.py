@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoglm.api import Model
+from nanoglm.cache import PAGE, PagedCache
 from nanoglm.errors import InputError
-from nanoglm.model import Attention
-from nanoglm.ops import count_work
+from nanoglm.model import Attention, BatchStore
+from nanoglm.ops import Batch, count_work
 from nanoglm.weights import SHARED_INDEXERS, Checkpoint
 
 
@@ -32,6 +34,7 @@ class Row:
     nats_per_byte: float
     pairs_scored: int  # by the indexers; 0 for dense attention
     rows_attended: int  # by sparse attention; 0 for dense, which reads every earlier row
+    overlap: float | None = None  # of its Selections with those of exact index keys, over rows that see more than k
 
     @property
     def bits_per_byte(self) -> float:
@@ -54,12 +57,14 @@ def evaluate(
     batch: int = 8,
     tokens: int | None = None,
     full: Model | None = None,
+    index_dtype: torch.dtype | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[Row]:
     """Scores ``text`` (its first ``tokens`` tokens) in each way the model can attend.
 
     Args:
         full: the model with an indexer on every layer, for the all-Full row; see :func:`all_full`.
+        index_dtype: of index keys, for one more row: IndexShare from a cache that keeps them so.
         progress: called with the share done, 0 to 1.
 
     Raises:
@@ -76,25 +81,58 @@ def evaluate(
     if not windows:
         raise InputError(f"text holds {len(ids)} tokens; expected at least 2")
     size = sum(len(model.tokenizer.token_bytes(i, skip_special=False)) for window in windows for i in window[1:])
-    ways: list[tuple[str, Model, Attention]] = [("dense", model, "dense")]
+    ways: list[tuple[str, Scorer]] = [("dense", partial(_packed, model, "dense"))]
     if len(model.config.full_layers) == model.config.num_hidden_layers:
         full = model
     if full is not None:
-        ways.append(("all-Full sparse", full, "sparse"))
+        ways.append(("all-Full sparse", partial(_packed, full, "sparse")))
     if full is not model:
-        ways.append(("IndexShare", model, "sparse"))
+        ways.append(("IndexShare", partial(_packed, model, "sparse")))
+    agreement = [0, 0]
+    if index_dtype is not None:
+        name = f"index keys {str(index_dtype).removeprefix('torch.')}"
+        ways.append((name, partial(_cached, model, index_dtype, agreement)))
     rows = []
-    for number, (name, scored, attention) in enumerate(ways):
+    for number, (name, scorer) in enumerate(ways):
         nats, count = 0.0, 0
         with count_work() as work:
             for i in range(0, len(windows), batch):
                 part = windows[i : i + batch]
-                for window, logits in zip(part, scored.logits(part, attention=attention), strict=True):
+                for window, logits in zip(part, scorer(part), strict=True):
                     nats += float(_nats(logits, window))
                     count += len(window) - 1
                 progress((number + (i + len(part)) / len(windows)) / len(ways))
         rows.append(Row(name, nats / count, nats / size, work.pairs_scored, work.rows_attended))
+    if agreement[1]:
+        rows[-1] = replace(rows[-1], overlap=agreement[0] / agreement[1])
     return rows
+
+
+Scorer = Callable[[list[list[int]]], list[Tensor]]  # logits of each sequence
+
+
+def _packed(model: Model, attention: Attention, part: list[list[int]]) -> list[Tensor]:
+    return model.logits(part, attention=attention)
+
+
+@torch.no_grad()
+def _cached(model: Model, index_dtype: torch.dtype, agreement: list[int], part: list[list[int]]) -> list[Tensor]:
+    """The same through a paged cache; ``agreement`` grows by selected positions that both chose, and by all."""
+    config, weight, counts = model.config, model.module.lm_head.weight, [len(ids) for ids in part]
+    pages = sum(-(-n // PAGE) for n in counts)
+    cache = PagedCache(config, pages, dtype=weight.dtype, index_dtype=index_dtype, device=weight.device)
+    batch = cache.extend([cache.open() for _ in part], counts)
+    packed = torch.tensor([i for ids in part for i in ids], device=weight.device)
+    output = model.module(packed, batch, cache)
+    with count_work():  # of its own
+        exact = model.module(packed, Batch.contiguous(counts, weight.device), BatchStore())
+    rows = (batch.positions >= config.index_topk).nonzero().squeeze(-1)
+    for layer in config.full_layers:
+        ours, theirs = output.selections[layer], exact.selections[layer]
+        assert ours is not None and theirs is not None
+        agreement[0] += int((ours[rows, :, None] == theirs[rows, None]).sum())
+        agreement[1] += ours[rows].numel()
+    return list(model.module.logits(output.hidden).split(counts))
 
 
 def _nats(logits: Tensor, window: list[int]) -> Tensor:

@@ -74,6 +74,16 @@ def test_work_is_counted(model: Model) -> None:
     assert sparse.rows_attended == 4 * sum(min(t + 1, 16) for n in lengths for t in range(n))
 
 
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 1.0), (torch.int8, 0.9)], ids=str)
+def test_index_keys_of_another_dtype(model: Model, dtype: torch.dtype, least: float) -> None:
+    """From a paged cache: the same in fp32; in int8 nearly, and the row says how nearly."""
+    _, sparse, row = evaluate(model, TEXT, context=24, batch=3, tokens=70, index_dtype=dtype)
+    assert sparse.overlap is None and row.overlap is not None and least <= row.overlap <= 1
+    assert (row.pairs_scored, row.rows_attended) == (sparse.pairs_scored, sparse.rows_attended)
+    exact = dtype is torch.float32
+    assert (abs(row.nats_per_token - sparse.nats_per_token) < 1e-6) == exact == (row.overlap == 1)
+
+
 def test_short_windows_are_dense(model: Model) -> None:
     dense, sparse = evaluate(model, TEXT, context=16)
     assert dense.nats_per_token == pytest.approx(sparse.nats_per_token, rel=1e-5)
