@@ -27,9 +27,10 @@ from nanoglm.train.run import Corpus, config_of, corpus
 from nanoglm.train.trainer import Keep, train
 from nanoglm.train.validate import Validation
 
-STAGES = (dense(0.7, 256), indexer_warmup(0.1, 256), sparse(0.2, 256, indexer_every=2))
-VALIDATION_TOKENS = 65_536
-BASE = Recipe("nano", steps=400, tokens=2048, warmup=20, optimizer="muon", rate=8e-3, stages=STAGES)
+STAGES = (dense(0.6, 256), indexer_warmup(0.2, 256), sparse(0.2, 256, indexer_every=2))  # fifths
+DENSE = (*STAGES[:2], dense(0.2, 256))  # the backbone learns from the same tokens
+VALIDATION_TOKENS = 32_768
+BASE = Recipe("nano", steps=400, tokens=1024, warmup=20, stages=STAGES)
 
 
 def all_full(config: GLMConfig) -> GLMConfig:
@@ -37,11 +38,21 @@ def all_full(config: GLMConfig) -> GLMConfig:
     return config.replace(indexer_types=(FULL,) * config.num_hidden_layers)
 
 
-def no_experts(config: GLMConfig) -> GLMConfig:
-    """Dense layers as wide as the experts that a token visits: equal active parameters, and FLOPs but the router's."""
-    width = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
-    kinds = ("dense",) * config.num_hidden_layers
-    return config.replace(mlp_layer_types=kinds, intermediate_size=width, num_nextn_predict_layers=0)
+def transformer(config: GLMConfig, more: int = 0) -> GLMConfig:
+    """No experts, no MTP: as many parameters as a token visits in ``config``, and ``more`` of width in each layer."""
+    layers, active = config.num_hidden_layers, config.num_experts_per_tok + config.n_shared_experts
+    dense = config.mlp_layer_types.count("dense")
+    width = (dense * config.intermediate_size + (layers - dense) * active * config.moe_intermediate_size) // layers
+    changes = {"mlp_layer_types": ("dense",) * layers, "intermediate_size": width + more}
+    return no_mtp(config).replace(**changes)
+
+
+def as_costly(config: GLMConfig) -> GLMConfig:
+    """The same with what two uses of the MTP layer cost in training, paid in width."""
+    model = GLM(transformer(config))
+    layer = sum(p.numel() for n, p in model.layers[1].named_parameters() if p.ndim == 2 and ".indexer." not in n)
+    use = layer + 2 * config.hidden_size**2 + config.vocab_size * config.hidden_size
+    return transformer(config, 2 * use // (3 * config.hidden_size * config.num_hidden_layers))
 
 
 def no_mtp(config: GLMConfig) -> GLMConfig:
@@ -52,13 +63,14 @@ def no_mtp(config: GLMConfig) -> GLMConfig:
 # Name: changes of the recipe, and of the shape.
 VARIANTS: dict[str, tuple[dict[str, Any], Callable[[GLMConfig], GLMConfig]]] = {
     "base": ({}, lambda config: config),
-    "dense": ({"stages": (dense(1.0, 256),)}, lambda config: config),
+    "dense": ({"stages": DENSE}, lambda config: config),
     "all-Full": ({}, all_full),
     "own-layer KL": ({"own_layer_kl": True}, lambda config: config),
     "MTP depth 1": ({"mtp_depths": 1}, lambda config: config),
     "no balance": ({"balance_rate": 0.0, "balance_weight": 0.0}, lambda config: config),
     "no MTP": ({}, no_mtp),
-    "no MTP, no experts": ({}, no_experts),
+    "transformer": ({"stages": DENSE}, transformer),
+    "transformer of equal FLOPs": ({"stages": DENSE}, as_costly),
 }
 
 
@@ -77,13 +89,13 @@ def run(name: str, seed: int, data: Corpus, base: Recipe) -> dict[str, Any]:
     """One variant with one seed: what validations at the stages' ends found."""
     changes, shape = VARIANTS[name]
     recipe = replace(base, seed=seed, **changes)
-    if data.text is None or data.val is None or recipe.steps % 10:
-        raise InputError(f"steps is {recipe.steps}; expected a multiple of 10, and a text")
+    if data.text is None or data.val is None or recipe.steps % 5:
+        raise InputError(f"steps is {recipe.steps}; expected a multiple of 5, and a text")
     model = GLM(shape(config_of(recipe, data.tokenizer))).initialise(seed)
     validation, began = Both(data.val, 256, VALIDATION_TOKENS), time.perf_counter()
-    train(model, data.text, recipe, Keep(validation=validation, validate_every=recipe.steps // 10, quiet=True))
-    tenths = (round(10 * share) for share in accumulate(stage.share for stage in recipe.stages))
-    at = {stage.name: validation.kept[end - 1] for stage, end in zip(recipe.stages, tenths, strict=True)}
+    train(model, data.text, recipe, Keep(validation=validation, validate_every=recipe.steps // 5, quiet=True))
+    fifths = (round(5 * share) for share in accumulate(stage.share for stage in recipe.stages))
+    at = {stage.name: validation.kept[end - 1] for stage, end in zip(recipe.stages, fifths, strict=True)}
     seconds = round(time.perf_counter() - began, 1)
     return {"variant": name, "seed": seed, "steps": recipe.steps, "seconds": seconds, "at": at}
 
@@ -109,6 +121,7 @@ def rows(runs: dict[str, Runs]) -> list[tuple[str, str, dict[int, float]]]:
     """Effect, measure and its value by seed (losses: nats a token of unseen text)."""
     gap = ("val_dense", "val_sparse")
     final = of(runs, "base", "sparse", "val_sparse")
+    plain, costly = (of(runs, f"transformer{name}", "dense", "val_dense") for name in ("", " of equal FLOPs"))
     return [
         ("warm-up", "sparse - dense loss with random indexers", of(runs, "base", "dense", *gap)),
         ("", "the same after the warm-up", of(runs, "base", "indexer_warmup", *gap)),
@@ -126,10 +139,8 @@ def rows(runs: dict[str, Runs]) -> list[tuple[str, str, dict[int, float]]]:
         ("balance", "busiest / mean expert, worst layer", of(runs, "base", "sparse", "load")),
         ("", "the same without", of(runs, "no balance", "sparse", "load")),
         ("", "loss - loss without", less(final, of(runs, "no balance", "sparse", "val_sparse"))),
-        (
-            "experts", "loss - dense layers' of equal active parameters",
-            less(of(runs, "no MTP", "sparse", "val_sparse"), of(runs, "no MTP, no experts", "sparse", "val_sparse")),
-        ),
+        ("all of it", "loss - dense transformer's of equal active parameters", less(final, plain)),
+        ("", "loss - dense transformer's of equal FLOPs", less(final, costly)),
     ]  # fmt: skip
 
 
@@ -143,7 +154,7 @@ def main(
         out: JSON lines, one a run.
         seeds: Of each variant.
         variants: Those to run; the table shows all in the file that have so many steps.
-        steps: Of a run, a multiple of 10.
+        steps: Of a run, a multiple of 5.
     """
     data = corpus(text)
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
@@ -153,7 +164,7 @@ def main(
                 done.append(run(name, seed, data, replace(BASE, steps=steps)))
                 with out.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
-                print(name, seed, done[-1]["seconds"], list(done[-1]["at"].values())[-1])
+                print(name, seed, done[-1]["seconds"], list(done[-1]["at"].values())[-1], flush=True)
     runs: dict[str, Runs] = {}
     for found in done:
         if found["steps"] == steps:

@@ -67,12 +67,12 @@ class Recipe:
 
     preset: str = "nano"  # or d2 to d64, the dial: so many layers and all else in proportion
     depth: int | None = None  # layers, if not the preset's; all else stays, the schedule goes on by its rule
-    steps: int = 2000
-    tokens: int = 4096  # a step
+    steps: int = 4000
+    tokens: int = 2048  # a step
     pass_tokens: int | None = None  # of one forward pass at most; the rest of a step is accumulated. None: all
     stages: tuple[Stage, ...] = (dense(0.75), indexer_warmup(0.07), sparse(0.18))
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices it is for, see optim.groups
-    rate: float = 3e-3
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices it is for, see optim.groups
+    rate: float = 8e-3  # of AdamW alone less, about 3e-3
     indexer_rate: float = 5e-3  # of a stage in which the backbone rests; elsewhere both have one rate
     warmup: int = 50  # steps in which the rate rises
     floor: float = 0.1  # of the rate, at the end of its cosine

@@ -90,7 +90,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         stop_before(patch, 2)
         train(build(), TEXT, RECIPE, Keep(checkpoint=tmp_path, save_every=1))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(InputError, match=r"rate is 0\.1; expected 0\.003, with which the run began"):
+    with pytest.raises(InputError, match=r"rate is 0\.1; expected 0\.008, with which the run began"):
         train(build(), TEXT, replace(RECIPE, rate=0.1), Keep(checkpoint=tmp_path))
     with pytest.raises(CheckpointError, match="holds another model"):
         other = GLM(GLMConfig.preset("tiny").replace(index_topk=8)).initialise(0)

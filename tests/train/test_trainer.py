@@ -153,7 +153,7 @@ def test_read_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_is_in_exactly_one_group(tied: bool) -> None:
     model = build(tie_word_embeddings=tied)
-    (adam,) = optimizers(model, Recipe())
+    (adam,) = optimizers(model, Recipe(optimizer="adamw"))
     grouped = [id(p) for group in adam.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters()}
