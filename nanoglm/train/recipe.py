@@ -71,6 +71,7 @@ class Recipe:
     tokens: int = 2048  # a step
     pass_tokens: int | None = None  # of one forward pass at most; the rest of a step is accumulated. None: all
     stages: tuple[Stage, ...] = (dense(0.75), indexer_warmup(0.07), sparse(0.18))
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of forward and backward; optimisers always move fp32 weights
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices it is for, see optim.groups
     rate: float = 8e-3  # of AdamW alone less, about 3e-3
     indexer_rate: float = 5e-3  # of a stage in which the backbone rests; elsewhere both have one rate

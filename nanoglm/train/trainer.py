@@ -29,6 +29,7 @@ from nanoglm.train.checkpoint import NUMBERS, Progress, restore, write
 from nanoglm.train.data import Sample, Source, Tokens, Windows
 from nanoglm.train.objective import backward, balance
 from nanoglm.train.parallel import Ranks, reshard
+from nanoglm.train.precision import low_copy, refresh
 from nanoglm.train.recipe import Recipe, indexer_warmup
 from nanoglm.train.validate import Validation
 
@@ -94,6 +95,8 @@ def train(
     Raises:
         InputError, CheckpointError: the checkpoint cannot be written, is of another run, or is asked of several ranks.
     """
+    if ranks is not None and recipe.dtype != "float32":
+        raise InputError(f"dtype is {recipe.dtype}; expected float32 on several processes")
     if ranks is not None and keep is not None and keep.checkpoint is not None:
         raise InputError(f"checkpoint is {keep.checkpoint}; expected none, several processes cannot keep a run yet")
     sources = {"text": Windows(data, recipe.seed)} if isinstance(data, Tokens) else data
@@ -118,6 +121,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.movers, self.parts = optimizers(self.model, self.recipe), optim.groups(self.model)
+        self.worker = self.model if self.recipe.dtype == "float32" else low_copy(self.model)
         self.speaks = self.ranks is None or self.ranks.first
         self.console = Console(stderr=True, highlight=False, quiet=self.keep.quiet or not self.speaks)
         self.device = self.model.lm_head.weight.device
@@ -143,6 +147,8 @@ class _Run:
             self.model.config = self.model.config.replace(rope_theta=base)
         for parameter in self.parts.backbone:
             parameter.requires_grad_(stage.backbone or self.ranks is not None)  # see objective.backward: sharded
+        if self.worker is not self.model:
+            refresh(self.worker, self.model)
         source = self.sources[stage.data]
         means = self.move(number, source.take(stage.length, recipe.tokens // stage.length).to(self.device))
         self.progress.step = number + 1
@@ -167,7 +173,7 @@ class _Run:
             group["lr"] = indexer_rate if group["indexer"] else rate
         clip: Callable[[list[Tensor], float], object] = torch.nn.utils.clip_grad_norm_
         if self.ranks is None:
-            done = backward(self.model, sample, recipe, number)
+            done = backward(self.worker, sample, recipe, number)
         else:
             sample, clip = self.ranks.share(sample, recipe.pass_tokens), self.ranks.clip
             done = backward(self.model, sample, recipe, number, self.ranks.total, sharded=True)

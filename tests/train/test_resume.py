@@ -58,10 +58,13 @@ def logged(log: Path | None) -> list[dict[str, float]]:
     return lines
 
 
-@pytest.mark.parametrize(("optimizer", "every"), [("adamw", 1), ("adamw", 3), ("muon", 2)])
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, optimizer: str, every: int) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "every", "dtype"),
+    [("adamw", 1, "float32"), ("adamw", 3, "float32"), ("muon", 2, "float32"), ("muon", 3, "bfloat16")],
+)
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, optimizer: str, every: int, dtype: str) -> None:
     """Stopped before each step in turn; with savings every 3 steps up to two steps are done again."""
-    recipe = replace(RECIPE, optimizer=optimizer)
+    recipe = replace(RECIPE, optimizer=optimizer, dtype=dtype)
     keep = Keep(tmp_path / "whole.jsonl", log_every=3, save_every=every, validation=HELD, validate_every=4)
     whole = build()
     train(whole, TEXT, recipe, keep)
