@@ -19,7 +19,7 @@ from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.train import trainer
 from nanoglm.train.data import Sample, Tokens
-from nanoglm.train.parallel import Ranks, check_pipeline, parallelise
+from nanoglm.train.parallel import Ranks, check_pipeline, leave, parallelise
 from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse
 from nanoglm.train.trainer import Keep, train
 
@@ -67,7 +67,7 @@ def _work(rank: int, world: int, expert: int, recipe: Recipe, dtype: torch.dtype
     dist.all_gather_object(found, (held, ranks.sent))
     if rank == 0:
         torch.save({"state": state, "ranks": found, "means": means}, f"{folder}/found.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def together(world: int, expert: int, recipe: Recipe, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _lonely(rank: int, folder: str) -> None:
         layer.mlp.gate.e_score_correction_bias[0] = 100.0  # all tokens choose expert 0
     train(parallelise(model, ranks := Ranks(2)), TEXT, replace(RECIPE, steps=2), Keep(quiet=True), ranks)
     assert (ranks.sent > 0) == (rank == 1)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_what_several_processes_cannot_do_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def _refused(rank: int, folder: str) -> None:
         Ranks(3)
     with pytest.raises(InputError, match="checkpoint is .*; expected none, several processes cannot keep a run yet"):
         train(build(torch.float32), TEXT, RECIPE, Keep(checkpoint=Path(folder)), ranks)
-    dist.destroy_process_group()
+    leave()
 
 
 # ------------------------------------------------------------------------------- the pipeline's rule
