@@ -21,8 +21,8 @@ from torch import Tensor
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
 from nanoglm.engine import SamplingParams, generate
-from nanoglm.engine.generate import check_prompt
 from nanoglm.engine.record import Recording, Trace
+from nanoglm.engine.request import check_prompt
 from nanoglm.errors import CheckpointError, InputError
 from nanoglm.model import GLM, Attention, BatchStore, Output, Tape
 from nanoglm.ops import Batch

@@ -1,5 +1,6 @@
-"""The paged latent cache."""
+"""The paged latent cache and the tree of prefixes in it."""
 
 from nanoglm.cache.paged import PAGE, PagedCache
+from nanoglm.cache.prefix import PrefixCache
 
-__all__ = ["PAGE", "PagedCache"]
+__all__ = ["PAGE", "PagedCache", "PrefixCache"]

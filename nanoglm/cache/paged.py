@@ -5,8 +5,11 @@ tensor per layer for latent and rope, ``[pages, 64, C + R]``, since whoever sele
 and on Full layers and the MTP layer one for index keys, ``[pages, ...]`` in a layout that only ops know.
 Selections hold logical positions; only ops translate them to pages.
 
-A request's length decides what is visible. Rolling back n tokens shortens it and frees whole pages;
+A request's length decides what is visible. Rolling back n tokens shortens it and lets go of whole pages;
 what the abandoned tokens left behind is never read and is overwritten when the positions return.
+
+Several requests, and the prefix tree, may hold a page; it is free when nobody does. Held by several it is full, and
+nobody writes to it.
 """
 
 from __future__ import annotations
@@ -46,21 +49,44 @@ class PagedCache:
         }
         self._device = device
         self._free = list(range(pages - 1, -1, -1))
+        self._holders = [0] * pages
         self._tables: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._opened = 0
 
     # ---------------------------------------------------------------- requests
-    def open(self) -> int:
-        """A new, empty request; returns its handle."""
+    def open(self, pages: Sequence[int] = ()) -> int:
+        """A new request; returns its handle. It begins with the tokens of full ``pages`` that somebody holds."""
         self._opened += 1
-        self._tables[self._opened], self._lengths[self._opened] = [], 0
+        for page in pages:
+            self.hold(page)
+        self._tables[self._opened], self._lengths[self._opened] = list(pages), PAGE * len(pages)
         return self._opened
 
     def close(self, request: int) -> None:
-        """Forgets a request and frees its pages."""
-        self._free += reversed(self._tables.pop(request))
+        """Forgets a request and lets go of its pages."""
+        for page in reversed(self._tables.pop(request)):
+            self.release(page)
         del self._lengths[request]
+
+    def hold(self, page: int) -> None:
+        """One holder more of a page that has some."""
+        assert self._holders[page] > 0, f"page {page} is free"
+        self._holders[page] += 1
+
+    def release(self, page: int) -> None:
+        """One holder less; without any the page is free."""
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
+
+    def holders(self, page: int) -> int:
+        """How many hold it."""
+        return self._holders[page]
+
+    def table(self, request: int) -> list[int]:
+        """The request's pages, in order."""
+        return list(self._tables[request])
 
     def length(self, request: int) -> int:
         """Tokens the request holds."""
@@ -73,16 +99,24 @@ class PagedCache:
             InputError: not enough free pages; nothing has changed then.
         """
         wanted = [-(-(self._lengths[r] + n) // PAGE) for r, n in zip(requests, counts, strict=True)]
-        missing = sum(w - len(self._tables[r]) for r, w in zip(requests, wanted, strict=True))
+        missing = sum(max(0, w - len(self._tables[r])) for r, w in zip(requests, wanted, strict=True))
         if missing > len(self._free):
             raise InputError(f"cache has {len(self._free)} free pages of {PAGE} tokens; expected {missing}")
         for request, count, pages in zip(requests, counts, wanted, strict=True):
             table = self._tables[request]
+            if count and self._lengths[request] % PAGE:
+                assert self._holders[table[-1]] == 1, f"page {table[-1]} is shared; expected a page of its own to write"
             while len(table) < pages:
                 table.append(self._free.pop())
+                self._holders[table[-1]] = 1
             self._lengths[request] += count
-        lengths = [self._lengths[r] for r in requests]
-        padded = [self._tables[r] + [0] * (max(wanted) - n) for r, n in zip(requests, wanted, strict=True)]
+        return self.last(requests, counts)
+
+    def last(self, requests: Sequence[int], counts: Sequence[int]) -> Batch:
+        """The batch of the last ``counts`` tokens of each, which have their room already."""
+        lengths, tables = [self._lengths[r] for r in requests], [self._tables[r] for r in requests]
+        width = max(len(table) for table in tables)
+        padded = [table + [0] * (width - len(table)) for table in tables]
         return Batch.build(counts, lengths, torch.tensor(padded, dtype=torch.int32, device=self._device), PAGE)
 
     def rollback(self, request: int, tokens: int) -> None:
@@ -97,7 +131,16 @@ class PagedCache:
         self._lengths[request] = held - tokens
         table = self._tables[request]
         while len(table) > -(-self._lengths[request] // PAGE):
-            self._free.append(table.pop())
+            self.release(table.pop())
+
+    def needs(self, request: int, tokens: int) -> int:
+        """How many free pages ``tokens`` more take."""
+        return max(0, -(-(self._lengths[request] + tokens) // PAGE) - len(self._tables[request]))
+
+    @property
+    def pages(self) -> int:
+        """How many there are."""
+        return len(self._holders)
 
     @property
     def free_pages(self) -> int:

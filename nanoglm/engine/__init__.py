@@ -1,6 +1,9 @@
 """Generation over token ids; no text here."""
 
-from nanoglm.engine.generate import SamplingParams, generate
+from nanoglm.engine.engine import Engine
+from nanoglm.engine.generate import generate
+from nanoglm.engine.params import SamplingParams
+from nanoglm.engine.request import Request
 from nanoglm.engine.sampler import sample
 
-__all__ = ["SamplingParams", "generate", "sample"]
+__all__ = ["Engine", "Request", "SamplingParams", "generate", "sample"]

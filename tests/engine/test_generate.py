@@ -37,7 +37,8 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 def draws(logits: Tensor, count: int, temperature: float, top_k: int | None = None, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return [sample(logits, temperature, top_k, generator) for _ in range(count)]
+    params = SamplingParams(temperature=temperature, top_k=top_k)
+    return [sample(logits, params, generator) for _ in range(count)]
 
 
 # ------------------------------------------------------------------------------- sampler
@@ -51,7 +52,7 @@ def test_greedy_takes_the_first_of_the_best(values: list[float]) -> None:
 def test_greedy_draws_no_random_number() -> None:
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    sample(LOGITS, 0.0, 3, generator)
+    sample(LOGITS, SamplingParams(top_k=3), generator)
     assert torch.equal(generator.get_state(), before)
 
 
@@ -119,7 +120,8 @@ def test_sampling_equals_the_sampler_on_whole_sequence_logits(model: GLM) -> Non
     ids, generator = prompt(20), torch.Generator().manual_seed(11)
     expected = list(ids)
     for _ in range(10):
-        expected.append(sample(Model(model, None).logits([expected])[0][-1], 0.7, 9, generator))
+        logits = Model(model, None).logits([expected])[0][-1]
+        expected.append(sample(logits, SamplingParams(temperature=0.7, top_k=9), generator))
     params = SamplingParams(max_tokens=10, temperature=0.7, top_k=9, seed=11)
     assert list(generate(model, ids, params)) == expected[20:]
 

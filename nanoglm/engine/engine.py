@@ -1,0 +1,187 @@
+"""The engine: many requests over one model, a step at a time.
+
+>>> engine = Engine(model, pages=64)
+>>> request = engine.add([1, 2, 3], SamplingParams(max_tokens=5))
+>>> while engine.busy:
+...     for request, tokens in engine.step():
+...         print(request.number, tokens, request.finish)
+
+A request's tokens do not depend on what else runs, on the budget, on hits in the prefix cache, on being sent back or,
+if it is greedy, on drafts: rows are independent of each other bit by bit (docs/architecture.md), and all else is the
+request's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nanoglm.cache import PAGE, PagedCache, PrefixCache
+from nanoglm.engine.params import SamplingParams
+from nanoglm.engine.request import Logprobs, Request, check_prompt
+from nanoglm.engine.runner import Runner, reads_prompt
+from nanoglm.engine.scheduler import Scheduler, Work
+from nanoglm.engine.speculative import verify
+from nanoglm.errors import InputError
+from nanoglm.model import GLM
+
+
+class Engine:
+    """Continuous batching over a paged cache. Not for several threads; see ``AsyncEngine``.
+
+    Args:
+        model: the weights. pages: of 64 tokens, that the cache holds.
+        budget: tokens of a step. most: requests that run at once.
+        drafts: of a chain, that the MTP layer proposes; 0 for none.
+        prefix: whether pages are kept for requests that begin alike. index_dtype: of index keys, see ``PagedCache``.
+
+    Raises:
+        InputError: a number out of range, or drafts of a model without an MTP layer.
+    """
+
+    def __init__(
+        self, model: GLM, *, pages: int, budget: int = 1024, most: int = 64, drafts: int = 0, prefix: bool = True,
+        index_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        for name, value, least in (
+            ("pages", pages, 1),
+            ("budget", budget, 1),
+            ("most", most, 1),
+            ("drafts", drafts, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name} is {value}; expected at least {least}")
+        if drafts:
+            _ = model.mtp  # refuses with a sentence
+        self.model, self.drafts, weight = model, drafts, model.lm_head.weight
+        self.cache = PagedCache(model.config, pages, dtype=weight.dtype, index_dtype=index_dtype, device=weight.device)
+        meaning = (model.config.pattern, weight.dtype, index_dtype, bool(drafts))
+        self.prefix = PrefixCache(self.cache) if prefix else None
+        self.scheduler = Scheduler(self.cache, self.prefix, budget, most, meaning)
+        self.runner = Runner(model, self.cache, bool(drafts))
+        self._numbers = 0
+
+    # ---------------------------------------------------------------- requests
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Request:
+        """Queues a request.
+
+        Raises:
+            InputError: the prompt is empty, holds what is no token, or can never fit with what it may generate.
+        """
+        params = params or SamplingParams()
+        check_prompt(self.model, prompt, params.max_tokens)
+        wanted, pages = len(prompt) + params.max_tokens, self.cache.pages
+        if -(-wanted // PAGE) > pages:
+            raise InputError(
+                f"request has {len(prompt)} tokens and wants {params.max_tokens} new ones; expected at most "
+                f"{pages * PAGE} together, what the cache of {pages} pages holds"
+            )
+        request = Request(self._numbers, tuple(prompt), params)
+        self._numbers += 1
+        self.scheduler.waiting.append(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is, between two steps; its pages are free. Nothing happens if it has ended."""
+        if request.finish is None:
+            request.finish = "abort"
+            self.scheduler.remove(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def generate(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
+        """Yields one request's tokens as they come; the others that wait or run go on with it."""
+        request = self.add(prompt, params)
+        try:
+            while request.finish is None:
+                for other, tokens in self.step():
+                    if other is request:
+                        yield from tokens
+        finally:
+            self.abort(request)
+
+    # ---------------------------------------------------------------- steps
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, list[int]]]:
+        """Runs one step; returns each request that got tokens, or ended, with its new tokens."""
+        works = self.scheduler.plan()
+        if not works:
+            return []
+        begins = [work.request.computed for work in works]
+        hidden, logits = self.runner.run(works)
+        found = []
+        for work, rows in zip(works, logits, strict=True):
+            before, samples = len(work.request.outputs), work.samples  # before it moves on
+            self._take(work, rows)
+            if samples:
+                found.append((work.request, work.request.outputs[before:]))
+        if self.drafts:
+            self.runner.draft(works, hidden, begins, self.drafts)
+        for work in works:
+            if work.request.finish is not None:
+                self.scheduler.remove(work.request)
+            elif (work.request.computed - 1) % PAGE < work.count:  # behind a full page stands a token now
+                self.scheduler.remember(work.request)
+        return found
+
+    def _take(self, work: Work, rows: Tensor | None) -> None:
+        """Counts what is computed, and appends what follows."""
+        request, samples = work.request, work.samples
+        held = request.computed + work.count
+        if rows is not None and reads_prompt(work):
+            _prompt_logprobs(request, rows)
+        request.computed = min(held, request.length)
+        if samples:
+            assert rows is not None
+            rows = rows[len(rows) - work.drafts - 1 :]
+            try:
+                following = verify(request, rows)
+            except InputError as error:  # the request's own mask; the others go on
+                following, request.finish, request.error = [], "abort", str(error)
+            for token, row in zip(following, rows, strict=False):
+                if not request.append(token) and request.finish == "stop":
+                    break
+                if request.params.logprobs is not None:
+                    request.logprobs.append(logprobs(row, token, request.params.logprobs))
+                if request.finish is not None:
+                    break
+            request.drafts, request.draft_probs = [], []
+            # All but the last token, which is new, or behind which nothing will come.
+            request.computed = min(held, request.length - 1)
+        assert request.handle is not None
+        self.cache.rollback(request.handle, held - request.computed)
+
+    def check(self) -> None:
+        """Asserts that the cache's books are in order: every page has the holders that it says.
+
+        Raises:
+            AssertionError: with what is wrong.
+        """
+        handles = [r.handle for r in self.scheduler.running if r.handle is not None]
+        (self.prefix or PrefixCache(self.cache)).check(handles)
+        for request in self.scheduler.running:
+            assert request.handle is not None and self.cache.length(request.handle) == request.computed
+        assert all(request.handle is None for request in self.scheduler.waiting)
+
+
+def logprobs(logits_V: Tensor, token: int, top: int) -> Logprobs:
+    """Of a token, and of the ``top`` likeliest."""
+    values_V = logits_V.float().log_softmax(-1)
+    best = values_V.topk(min(top, len(values_V)))
+    return Logprobs(token, float(values_V[token]), dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+
+def _prompt_logprobs(request: Request, rows: Tensor) -> None:
+    """Of the prompt's tokens that these rows, which begin at ``computed``, predict."""
+    top = request.params.prompt_logprobs
+    assert top is not None
+    for place, row in enumerate(rows, request.computed + 1):
+        if (
+            len(request.prompt_logprobs) + 1 == place < len(request.prompt)
+        ):  # not those of a pass before it was sent back
+            request.prompt_logprobs.append(logprobs(row, request.prompt[place], top))

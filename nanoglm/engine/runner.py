@@ -1,0 +1,112 @@
+"""The model's part of a step: one pass over all rows, then the MTP layer's.
+
+Shape legend: T rows of the step, N rows asked for, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanoglm.cache import PagedCache
+from nanoglm.engine.request import Request
+from nanoglm.engine.scheduler import Work
+from nanoglm.engine.speculative import propose
+from nanoglm.model import GLM
+from nanoglm.model.step import Pass
+
+
+class Runner:
+    """Runs a model over a cache.
+
+    Args:
+        drafting: whether the MTP layer's entries are kept, which drafts need.
+    """
+
+    def __init__(self, model: GLM, cache: PagedCache, drafting: bool) -> None:
+        self.model, self.cache, self.drafting = model, cache, drafting
+        self.device = model.lm_head.weight.device
+
+    def run(self, works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:
+        """Computes each work's tokens.
+
+        Returns:
+            Hidden states [T, D] of all rows (without ``drafting`` only of those asked for); and the logits [N, V] of
+            each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is drawn behind.
+        """
+        ids: list[int] = []
+        for work in works:
+            tokens = [*work.request.ids, *work.request.drafts]
+            ids += tokens[work.request.computed : work.request.computed + work.count]
+        counts = [work.count for work in works]
+        batch = self.cache.extend([_handle(work) for work in works], counts)
+        asked = [asked_rows(work) for work in works]
+        tail = None if self.drafting else asked
+        hidden = self.model(torch.tensor(ids, device=self.device), batch, self.cache, tail=tail).hidden
+        rows = hidden
+        if self.drafting:
+            parts = hidden.split(counts)
+            rows = torch.cat([part[len(part) - n :] for part, n in zip(parts, asked, strict=True)])
+        logits = self.model.logits(rows).split(asked) if len(rows) else [rows] * len(works)
+        return hidden, [part if n else None for part, n in zip(logits, asked, strict=True)]
+
+    def draft(self, works: Sequence[Work], hidden_TD: Tensor, begins: Sequence[int], depth: int) -> None:
+        """Writes the MTP layer's entries of the rows that were kept; proposes a chain of drafts to who goes on.
+
+        The chain starts from the last kept row: its Selection serves all drafts, and no draft's own key is ever read
+        (architecture spec 3.3).
+
+        Args:
+            begins: of each work, the position of its first row in this step.
+        """
+        parts = hidden_TD.split([work.count for work in works])
+        kept = [
+            (work.request, part[: work.request.computed - begin], begin)
+            for work, part, begin in zip(works, parts, begins, strict=True)
+            if work.request.computed > begin
+        ]
+        if not kept:
+            return
+        following = [i for request, _, begin in kept for i in request.ids[begin + 1 : request.computed + 1]]
+        counts = [len(rows) for _, rows, _ in kept]
+        batch = self.cache.last([_handle(request) for request, _, _ in kept], counts)
+        step = Pass(batch, self.model.rotary(batch.positions), self.cache)
+        m_TD, selection = self.model.draft(
+            torch.tensor(following, device=self.device), torch.cat([rows for _, rows, _ in kept]), step
+        )
+        # Who goes on decoding, and has room for a draft and the token behind it.
+        chains = [r.finish is None and r.computed + 1 == r.length and r.left > 1 for r, _, _ in kept]
+        going = [request for (request, _, _), goes in zip(kept, chains, strict=True) if goes]
+        if not going or not depth:
+            return
+        step, rows = step.tail([int(goes) for goes in chains])
+        m_TD, selection = m_TD[rows], None if selection is None else selection[rows]
+        for place in range(depth):
+            if place:
+                tokens = torch.tensor([(r.drafts or r.outputs)[-1] for r in going], device=self.device)
+                m_TD, selection = self.model.draft(tokens, m_TD, step, depth=place, selection=selection)
+            for request, logits_V in zip(going, self.model.logits(m_TD), strict=True):
+                if len(request.drafts) == place:  # none of its drafts was refused
+                    propose(request, logits_V)
+        for request in going:
+            del request.drafts[request.left - 1 :], request.draft_probs[request.left - 1 :]
+
+
+def asked_rows(work: Work) -> int:
+    """Of how many of its last rows the logits are read."""
+    if reads_prompt(work):
+        return work.count
+    return work.drafts + 1 if work.samples else 0
+
+
+def reads_prompt(work: Work) -> bool:
+    """Whether logprobs of its prompt are wanted and among its rows."""
+    return work.request.params.prompt_logprobs is not None and work.request.computed < len(work.request.prompt)
+
+
+def _handle(work: Work | Request) -> int:
+    handle = (work.request if isinstance(work, Work) else work).handle
+    assert handle is not None
+    return handle

@@ -1,0 +1,230 @@
+"""The engine against the plain loop: whatever is scheduled, a request's tokens are those it would have alone."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nanoglm.cache import PAGE
+from nanoglm.config import GLMConfig
+from nanoglm.engine import Engine, Request, SamplingParams, generate
+from nanoglm.errors import InputError
+from nanoglm.model import GLM
+
+
+@cache
+def build() -> GLM:
+    """Tiny, with drafts that are often right: a deterministic text repeats itself."""
+    return GLM(GLMConfig.preset("tiny").replace(initializer_range=0.2)).initialise(2)
+
+
+def prompt(length: int, seed: int = 0, prefix: int = 0) -> list[int]:
+    """Random tokens, the first ``prefix`` of which are the same whatever the seed."""
+    shared = torch.randint(0, 320, (prefix,), generator=torch.Generator().manual_seed(99)).tolist()
+    return shared + torch.randint(0, 320, (length - prefix,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@cache
+def alone(ids: tuple[int, ...], params: SamplingParams) -> list[int]:
+    return list(generate(build(), ids, params))
+
+
+def finish(engine: Engine) -> None:
+    steps = 0
+    while engine.busy:
+        engine.step()
+        engine.check()
+        steps += 1
+        assert steps < 5000, "the engine makes no progress"
+
+
+# ------------------------------------------------------------------------------- by example
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("budget", [3, 64, 1024])
+def test_many_requests_get_what_each_gets_alone(drafts: int, budget: int) -> None:
+    engine = Engine(build(), pages=40, budget=budget, drafts=drafts)
+    lengths = [1, 9, 64, 65, 130, 17, 100, 128]
+    requests = [engine.add(prompt(n, n), SamplingParams(12)) for n in lengths]
+    finish(engine)
+    for n, request in zip(lengths, requests, strict=True):
+        assert request.outputs == alone(tuple(prompt(n, n)), SamplingParams(12)) and request.finish == "length"
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_sampling_alone_and_in_company(drafts: int) -> None:
+    """Without drafts a seed gives the plain loop's tokens; with them the same in company as alone."""
+    params = [SamplingParams(12, 1.0, None, seed) for seed in range(4)]
+    expected = [alone(tuple(prompt(20)), p) for p in params]
+    if drafts:
+        expected = []
+        for p in params:
+            single = Engine(build(), pages=40, drafts=drafts)
+            request = single.add(prompt(20), p)
+            finish(single)
+            expected.append(request.outputs)
+    engine = Engine(build(), pages=40, budget=30, drafts=drafts)
+    requests = [engine.add(prompt(20), p) for p in params]
+    finish(engine)
+    assert [request.outputs for request in requests] == expected
+
+
+def test_pages_that_run_out_send_the_youngest_back() -> None:
+    engine = Engine(build(), pages=5, prefix=False)
+    requests = [engine.add(prompt(100, seed), SamplingParams(60)) for seed in range(3)]
+    finish(engine)
+    assert requests[0].preempted == 0 and sum(r.preempted for r in requests) > 0
+    for seed, request in enumerate(requests):
+        assert request.outputs == alone(tuple(prompt(100, seed)), SamplingParams(60))
+    assert engine.cache.free_pages == 5
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_known_prefix_is_not_computed_again(drafts: int) -> None:
+    engine = Engine(build(), pages=40, drafts=drafts)
+    first = engine.add(prompt(300, 1, 200), SamplingParams(8))
+    finish(engine)
+    second = engine.add(prompt(300, 2, 200), SamplingParams(8))
+    finish(engine)
+    assert (first.hit, second.hit) == (0, 192)
+    assert second.outputs == alone(tuple(prompt(300, 2, 200)), SamplingParams(8))
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_drafts_after_a_hit_are_those_without(drafts: int) -> None:
+    """The trap of the last position of a shared prefix: its MTP entry depends on the token behind it."""
+    ids = prompt(64, 5, 64)
+    for tail in ([7], [8, 9, 10, 11]):
+        runs = []
+        for known in (False, True):
+            engine = Engine(build(), pages=40, drafts=drafts)
+            if known:
+                engine.add([*ids, 5, 6, 7], SamplingParams(3))
+                finish(engine)
+            request = engine.add([*ids, *tail], SamplingParams(24))
+            finish(engine)
+            runs.append((request.outputs, request.drafted, request.accepted))
+        assert runs[0] == runs[1]
+
+
+def test_stop_ids_cut_an_accepted_run() -> None:
+    ids = prompt(30)
+    whole = alone(tuple(ids), SamplingParams(24))
+    for stop in sorted(set(whole)):
+        engine = Engine(build(), pages=8, drafts=4)
+        request = engine.add(ids, SamplingParams(24, stop_ids=(stop,)))
+        finish(engine)
+        assert request.outputs == whole[: whole.index(stop)] and request.finish == "stop"
+        assert engine.cache.free_pages + len(engine.prefix or ()) == 8
+
+
+def test_abort_at_any_moment() -> None:
+    for moment in range(12):
+        engine = Engine(build(), pages=8, budget=16, drafts=2)
+        a, b = (engine.add(prompt(50, seed), SamplingParams(20)) for seed in (0, 1))
+        for _ in range(moment):
+            engine.step()
+        engine.abort(a)
+        engine.abort(a)
+        engine.check()
+        finish(engine)
+        assert a.finish == ("abort" if moment < 12 and a.left else "length")
+        assert b.outputs == alone(tuple(prompt(50, 1)), SamplingParams(20))
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    engine = Engine(build(), pages=2)
+    with pytest.raises(InputError, match="request has 100 tokens and wants 29 new ones; expected at most 128 together"):
+        engine.add(prompt(100), SamplingParams(29))
+    engine.add(prompt(100), SamplingParams(28))
+    finish(engine)
+
+
+def test_drafts_need_an_mtp_layer() -> None:
+    model = GLM(GLMConfig.preset("tiny").replace(num_nextn_predict_layers=0)).initialise(0)
+    with pytest.raises(InputError, match="model has no MTP layer"):
+        Engine(model, pages=2, drafts=1)
+
+
+def test_logprobs() -> None:
+    """Of prompt and continuation, also in pieces and after being sent back: those of the whole sequence."""
+    ids = prompt(90)
+    from nanoglm.api import Model
+
+    for budget, drafts in ((1024, 0), (7, 2)):
+        engine = Engine(build(), pages=8, budget=budget, drafts=drafts)
+        request = engine.add(ids, SamplingParams(6, logprobs=2, prompt_logprobs=3))
+        finish(engine)
+        whole = [*ids, *request.outputs]
+        expected = Model(build(), None).logits([whole])[0].log_softmax(-1)
+        found = [*request.prompt_logprobs, *request.logprobs]
+        assert [entry.token for entry in found] == whole[1:]
+        for entry, row in zip(found, expected[:-1], strict=True):
+            assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-5)
+            assert max(entry.top, key=lambda i: entry.top[i]) == int(row.argmax())
+        assert {len(entry.top) for entry in request.prompt_logprobs} == {3}
+
+
+# ------------------------------------------------------------------------------- whatever happens
+class Schedules(RuleBasedStateMachine):
+    """Arrivals, lengths, shared prefixes, aborts, tiny pools, budgets, drafts, all drawn."""
+
+    @initialize(
+        pages=st.integers(4, 12), budget=st.sampled_from([1, 5, 33, 200]), most=st.integers(1, 5),
+        drafts=st.integers(0, 4), prefix=st.booleans(),
+    )  # fmt: skip
+    def begin(self, pages: int, budget: int, most: int, drafts: int, prefix: bool) -> None:
+        self.engine = Engine(build(), pages=pages, budget=budget, most=most, drafts=drafts, prefix=prefix)
+        self.requests: list[Request] = []
+        self.aborted: set[int] = set()
+
+    @rule(
+        length=st.sampled_from([1, 2, 63, 64, 65, 66, 127, 128, 129, 150]), seed=st.integers(0, 2),
+        shared=st.sampled_from([0, 64, 65, 128]), new=st.sampled_from([1, 2, 9, 20]),
+        stop=st.sampled_from([(), (3, 5, 250)]),
+    )  # fmt: skip
+    def arrive(self, length: int, seed: int, shared: int, new: int, stop: tuple[int, ...]) -> None:
+        ids = prompt(length, seed, min(shared, length))
+        if -(-(length + new) // PAGE) <= self.engine.cache.pages:
+            self.requests.append(self.engine.add(ids, SamplingParams(new, stop_ids=stop)))
+
+    @precondition(lambda self: self.requests)
+    @rule(which=st.integers(0, 99))
+    def abort(self, which: int) -> None:
+        request = self.requests[which % len(self.requests)]
+        if request.finish is None:
+            self.aborted.add(request.number)
+        self.engine.abort(request)
+
+    @rule(times=st.integers(1, 12))
+    def steps(self, times: int) -> None:
+        for _ in range(times):
+            self.engine.step()
+
+    @invariant()
+    def books(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        finish(self.engine)
+        for request in self.requests:
+            expected = alone(request.prompt, request.params)
+            if request.number in self.aborted:
+                assert request.outputs == expected[: len(request.outputs)]
+            else:
+                assert request.outputs == expected
+        held = len(self.engine.prefix) if self.engine.prefix else 0
+        assert self.engine.cache.free_pages + held == self.engine.cache.pages
+
+
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(
+    max_examples=60, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+)
