@@ -13,12 +13,15 @@ request's own.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nanoglm.cache import PAGE, PagedCache, PrefixCache
+from nanoglm.engine.depth import Depth
 from nanoglm.engine.params import SamplingParams
 from nanoglm.engine.request import Logprobs, Request, check_prompt
 from nanoglm.engine.runner import Runner, reads_prompt
@@ -27,6 +30,9 @@ from nanoglm.engine.speculative import verify
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
 
+MOST_DRAFTS = 7  # of GLM-5.2's ablation (serving spec 4.5)
+LATE = 512  # rows of which the MTP layer's entries are written at once where nothing is drafted
+
 
 class Engine:
     """Continuous batching over a paged cache. Not for several threads; see ``AsyncEngine``.
@@ -34,7 +40,7 @@ class Engine:
     Args:
         model: the weights. pages: of 64 tokens, that the cache holds.
         budget: tokens of a step. most: requests that run at once.
-        drafts: of a chain, that the MTP layer proposes; 0 for none.
+        drafts: of a chain, that the MTP layer proposes; 0 for none, auto for as many as pay, up to 7, step by step.
         prefix: whether pages are kept for requests that begin alike. index_dtype: of index keys, see ``PagedCache``.
 
     Raises:
@@ -42,25 +48,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: GLM, *, pages: int, budget: int = 1024, most: int = 64, drafts: int = 0, prefix: bool = True,
-        index_dtype: torch.dtype | None = None,
+        self, model: GLM, *, pages: int, budget: int = 1024, most: int = 64, drafts: int | Literal["auto"] = 0,
+        prefix: bool = True, index_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        for name, value, least in (
-            ("pages", pages, 1),
-            ("budget", budget, 1),
-            ("most", most, 1),
-            ("drafts", drafts, 0),
-        ):
+        self.depth = Depth(MOST_DRAFTS) if drafts == "auto" else None
+        self.most_drafts = MOST_DRAFTS if drafts == "auto" else drafts
+        limits = ("pages", pages, 1), ("budget", budget, 1), ("most", most, 1), ("drafts", self.most_drafts, 0)
+        for name, value, least in limits:
             if value < least:
                 raise InputError(f"{name} is {value}; expected at least {least}")
-        if drafts:
+        if self.most_drafts:
             _ = model.mtp  # refuses with a sentence
-        self.model, self.drafts, weight = model, drafts, model.lm_head.weight
+        self.model, weight = model, model.lm_head.weight
         self.cache = PagedCache(model.config, pages, dtype=weight.dtype, index_dtype=index_dtype, device=weight.device)
-        meaning = (model.config.pattern, weight.dtype, index_dtype, bool(drafts))
+        drafting = self.most_drafts > 0
+        meaning = (model.config.pattern, weight.dtype, index_dtype, drafting)
         self.prefix = PrefixCache(self.cache) if prefix else None
-        self.scheduler = Scheduler(self.cache, self.prefix, budget, most, meaning)
-        self.runner = Runner(model, self.cache, bool(drafts))
+        self.scheduler = Scheduler(self.cache, self.prefix, budget, most, drafting, meaning)
+        self.runner = Runner(model, self.cache, drafting)
         self._numbers = 0
 
     # ---------------------------------------------------------------- requests
@@ -112,7 +117,7 @@ class Engine:
         works = self.scheduler.plan()
         if not works:
             return []
-        begins = [work.request.computed for work in works]
+        begins, began = [work.request.computed for work in works], time.perf_counter()
         hidden, logits = self.runner.run(works)
         found = []
         for work, rows in zip(works, logits, strict=True):
@@ -120,14 +125,27 @@ class Engine:
             self._take(work, rows)
             if samples:
                 found.append((work.request, work.request.outputs[before:]))
-        if self.drafts:
-            self.runner.draft(works, hidden, begins, self.drafts)
+        if self.most_drafts:
+            self._draft(works, hidden, begins, time.perf_counter() - began)
         for work in works:
             if work.request.finish is not None:
                 self.scheduler.remove(work.request)
             elif (work.request.computed - 1) % PAGE < work.count:  # behind a full page stands a token now
                 self.scheduler.remember(work.request)
         return found
+
+    def _draft(self, works: Sequence[Work], hidden: Tensor, begins: Sequence[int], verifying: float) -> None:
+        """The MTP layer's part of a step, to the depth that pays; ``verifying``: seconds that the rest of it took."""
+        began, requests = time.perf_counter(), [work.request for work in works]
+        self.runner.keep(works, hidden, begins)
+        going = sum(request.finish is None for request in requests)
+        depth = self.most_drafts if self.depth is None else self.depth.choose(going)
+        # Where drafts do not pay, entries wait until there are many to write at once.
+        late = [r for r in requests if r.computed - r.entries >= LATE or (r.finish is not None and self.prefix)]
+        self.runner.draft(requests if depth else late, depth)
+        if self.depth is not None and all(len(r.outputs) > 1 for r in requests) and (depth or not late):
+            verified = max(work.drafts for work in works)
+            self.depth.took(going, verified, verifying, depth, time.perf_counter() - began)
 
     def _take(self, work: Work, rows: Tensor | None) -> None:
         """Counts what is computed, and appends what follows."""
@@ -141,6 +159,8 @@ class Engine:
             rows = rows[len(rows) - work.drafts - 1 :]
             try:
                 following = verify(request, rows)
+                if self.depth is not None:
+                    self.depth.accepted(work.drafts, len(following) - 1)
             except InputError as error:  # the request's own mask; the others go on
                 following, request.finish, request.error = [], "abort", str(error)
             for token, row in zip(following, rows, strict=False):

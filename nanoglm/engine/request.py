@@ -33,6 +33,8 @@ class Request:
         handle: in the cache; None while it waits (it holds no page then).
         drafts: tokens that may follow, to be verified. draft_probs: of each the distribution that it was drawn from,
             fp32 [V]; empty if drafts are greedy.
+        entries: positions that have their entry in the MTP layer's cache. unread: hidden states of those behind them,
+            from which the others will be made.
         finish: why it ended. drafted, accepted: of its drafts so far, by their place in a chain.
         hit: tokens of its prompt that the prefix cache had when it began.
     """
@@ -42,6 +44,8 @@ class Request:
     params: SamplingParams
     outputs: list[int] = field(default_factory=list)
     computed: int = 0
+    entries: int = 0
+    unread: list[Tensor] = field(default_factory=list)
     handle: int | None = None
     drafts: list[int] = field(default_factory=list)
     draft_probs: list[Tensor] = field(default_factory=list)

@@ -52,33 +52,37 @@ class Runner:
         logits = self.model.logits(rows).split(asked) if len(rows) else [rows] * len(works)
         return hidden, [part if n else None for part, n in zip(logits, asked, strict=True)]
 
-    def draft(self, works: Sequence[Work], hidden_TD: Tensor, begins: Sequence[int], depth: int) -> None:
-        """Writes the MTP layer's entries of the rows that were kept; proposes a chain of drafts to who goes on.
-
-        The chain starts from the last kept row: its Selection serves all drafts, and no draft's own key is ever read
-        (architecture spec 3.3).
+    def keep(self, works: Sequence[Work], hidden_TD: Tensor, begins: Sequence[int]) -> None:
+        """Keeps the hidden states of the rows that count, for the MTP layer.
 
         Args:
             begins: of each work, the position of its first row in this step.
         """
         parts = hidden_TD.split([work.count for work in works])
-        kept = [
-            (work.request, part[: work.request.computed - begin], begin)
-            for work, part, begin in zip(works, parts, begins, strict=True)
-            if work.request.computed > begin
-        ]
-        if not kept:
+        for work, part, begin in zip(works, parts, begins, strict=True):
+            if work.request.computed > begin:
+                work.request.unread.append(part[: work.request.computed - begin])
+
+    def draft(self, requests: Sequence[Request], depth: int) -> None:
+        """Writes the MTP layer's entries of all rows kept, and proposes ``depth`` drafts to each request that decodes.
+
+        The chain starts from the last row: its Selection serves all drafts, and no draft's own key is ever read
+        (architecture spec 3.3).
+        """
+        requests = [request for request in requests if request.unread]
+        if not requests:
             return
-        following = [i for request, _, begin in kept for i in request.ids[begin + 1 : request.computed + 1]]
-        counts = [len(rows) for _, rows, _ in kept]
-        batch = self.cache.last([_handle(request) for request, _, _ in kept], counts)
+        following = [i for request in requests for i in request.ids[request.entries + 1 : request.computed + 1]]
+        counts = [request.computed - request.entries for request in requests]
+        hidden_TD = torch.cat([rows for request in requests for rows in request.unread])
+        batch = self.cache.last([_handle(request) for request in requests], counts)
         step = Pass(batch, self.model.rotary(batch.positions), self.cache)
-        m_TD, selection = self.model.draft(
-            torch.tensor(following, device=self.device), torch.cat([rows for _, rows, _ in kept]), step
-        )
+        m_TD, selection = self.model.draft(torch.tensor(following, device=self.device), hidden_TD, step)
+        for request in requests:
+            request.entries, request.unread = request.computed, []
         # Who goes on decoding, and has room for a draft and the token behind it.
-        chains = [r.finish is None and r.computed + 1 == r.length and r.left > 1 for r, _, _ in kept]
-        going = [request for (request, _, _), goes in zip(kept, chains, strict=True) if goes]
+        chains = [r.finish is None and r.computed + 1 == r.length and r.left > 1 for r in requests]
+        going = [request for request, goes in zip(requests, chains, strict=True) if goes]
         if not going or not depth:
             return
         step, rows = step.tail([int(goes) for goes in chains])

@@ -37,12 +37,15 @@ class Scheduler:
     Args:
         budget: tokens of a step. most: requests that run at once.
         prefix: the tree of known prefixes, or None. meaning: what its pages mean here.
+        drafting: whether a page is whole only with the MTP layer's entries.
     """
 
     def __init__(
-        self, cache: PagedCache, prefix: PrefixCache | None, budget: int, most: int, meaning: Hashable = None
-    ) -> None:
-        self.cache, self.prefix, self.budget, self.most, self.meaning = cache, prefix, budget, most, meaning
+        self, cache: PagedCache, prefix: PrefixCache | None, budget: int, most: int, drafting: bool = False,
+        meaning: Hashable = None,
+    ) -> None:  # fmt: skip
+        self.cache, self.prefix, self.budget, self.most = cache, prefix, budget, most
+        self.drafting, self.meaning = drafting, meaning
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order of their coming
 
@@ -91,7 +94,7 @@ class Scheduler:
         if self.prefix is not None and request.params.prompt_logprobs is None:  # those need every row
             known = self.prefix.match(request.ids, self.meaning)
         request.handle = self.cache.open(known)
-        request.computed = self.cache.length(request.handle)
+        request.computed = request.entries = self.cache.length(request.handle)
         if not request.preempted:
             request.hit = request.computed
 
@@ -113,12 +116,14 @@ class Scheduler:
         if request.handle is not None:
             self.remember(request)
             self.cache.close(request.handle)
-        request.handle, request.computed, request.drafts, request.draft_probs = None, 0, [], []
+        request.handle, request.computed, request.entries, request.unread = None, 0, 0, []
+        request.drafts, request.draft_probs = [], []
 
     def remember(self, request: Request) -> None:
         """Gives the request's full pages to the tree."""
         if self.prefix is not None and request.handle is not None:
-            ids = request.ids[: request.computed]
+            whole = request.computed if not self.drafting else min(request.computed, request.entries + 1)
+            ids = request.ids[:whole]
             self.prefix.insert(ids, self.cache.table(request.handle), self.meaning)
 
     def remove(self, request: Request) -> None:

@@ -175,9 +175,9 @@ class Schedules(RuleBasedStateMachine):
 
     @initialize(
         pages=st.integers(4, 12), budget=st.sampled_from([1, 5, 33, 200]), most=st.integers(1, 5),
-        drafts=st.integers(0, 4), prefix=st.booleans(),
+        drafts=st.sampled_from([0, 1, 2, 4, "auto"]), prefix=st.booleans(),
     )  # fmt: skip
-    def begin(self, pages: int, budget: int, most: int, drafts: int, prefix: bool) -> None:
+    def begin(self, pages: int, budget: int, most: int, drafts: int | str, prefix: bool) -> None:
         self.engine = Engine(build(), pages=pages, budget=budget, most=most, drafts=drafts, prefix=prefix)
         self.requests: list[Request] = []
         self.aborted: set[int] = set()
