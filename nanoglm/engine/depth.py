@@ -3,7 +3,8 @@
 A chain of k drafts yields 1 + a_1 + a_1 a_2 + ... tokens, a_i being the share of i-th drafts that are accepted behind
 accepted ones, and costs the main model's pass over k + 1 rows a request and the MTP layer's k steps. The best ratio
 wins; if that is k = 0, speculation is off until it pays again. What is known grows old, so now and then a step is spent
-on a neighbouring depth. Greedy tokens do not depend on the depth; sampled ones are distributed alike but are others.
+on a neighbouring depth. Greedy tokens do not depend on the depth, so all greedy requests have one. Sampled ones do:
+such a request has a depth of its own, which follows from its tokens and nominal costs, never from a clock or company.
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ class Depth:
         """Tokens a second and request that each depth is expected to give, in units of what is known."""
         verify, draft = (table.get(requests.bit_length(), {}) for table in (self._verify, self._draft))
         tokens = accumulate(accumulate(self._rates, mul), initial=1.0)
-        if not verify:
-            return list(tokens)
+        verify = verify or {0: 1.0}
         least = min(verify.values())
         return [n / (_at(verify, k, 0.02 * least) + _at(draft, k, 0.1 * least)) for k, n in enumerate(tokens)]
 

@@ -8,7 +8,7 @@
 
 A request's tokens do not depend on what else runs, on the budget, on hits in the prefix cache, on being sent back or,
 if it is greedy, on drafts: rows are independent of each other bit by bit (docs/architecture.md), and all else is the
-request's own.
+request's own. Sampled tokens do depend on how many drafts there are, and on nothing else than that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Engine:
     ) -> None:  # fmt: skip
         self.depth = Depth(MOST_DRAFTS) if drafts == "auto" else None
         self.most_drafts = MOST_DRAFTS if drafts == "auto" else drafts
-        limits = ("pages", pages, 1), ("budget", budget, 1), ("most", most, 1), ("drafts", self.most_drafts, 0)
+        least = self.most_drafts + 1  # a chain is verified in one step
+        limits = ("drafts", self.most_drafts, 0), ("pages", pages, 1), ("budget", budget, least), ("most", most, 1)
         for name, value, least in limits:
             if value < least:
                 raise InputError(f"{name} is {value}; expected at least {least}")
@@ -84,6 +85,8 @@ class Engine:
                 f"{pages * PAGE} together, what the cache of {pages} pages holds"
             )
         request = Request(self._numbers, tuple(prompt), params)
+        if self.depth is not None and params.temperature > 0:
+            request.depth = Depth(self.most_drafts)
         self._numbers += 1
         self.scheduler.waiting.append(request)
         return request
@@ -139,13 +142,15 @@ class Engine:
         began, requests = time.perf_counter(), [work.request for work in works]
         self.runner.keep(works, hidden, begins)
         going = sum(request.finish is None for request in requests)
-        depth = self.most_drafts if self.depth is None else self.depth.choose(going)
-        # Where drafts do not pay, entries wait until there are many to write at once.
+        common = self.most_drafts if self.depth is None else self.depth.choose(going)
+        depths = {r: common if r.depth is None else r.depth.choose(1) for r in requests if r.drafting}
+        # Where nothing is drafted, entries wait until there are many to write at once.
         late = [r for r in requests if r.computed - r.entries >= LATE or (r.finish is not None and self.prefix)]
-        self.runner.draft(requests if depth else late, depth)
-        if self.depth is not None and all(len(r.outputs) > 1 for r in requests) and (depth or not late):
+        self.runner.draft([r for r in requests if depths.get(r) or r in late], depths)
+        alike = all(r.depth is None and len(r.outputs) > 1 for r in requests)
+        if self.depth is not None and alike and (common or not late):
             verified = max(work.drafts for work in works)
-            self.depth.took(going, verified, verifying, depth, time.perf_counter() - began)
+            self.depth.took(going, verified, verifying, common, time.perf_counter() - began)
 
     def _take(self, work: Work, rows: Tensor | None) -> None:
         """Counts what is computed, and appends what follows."""
@@ -159,8 +164,8 @@ class Engine:
             rows = rows[len(rows) - work.drafts - 1 :]
             try:
                 following = verify(request, rows)
-                if self.depth is not None:
-                    self.depth.accepted(work.drafts, len(following) - 1)
+                if (depth := request.depth or self.depth) is not None:
+                    depth.accepted(work.drafts, len(following) - 1)
             except InputError as error:  # the request's own mask; the others go on
                 following, request.finish, request.error = [], "abort", str(error)
             for token, row in zip(following, rows, strict=False):

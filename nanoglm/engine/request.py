@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nanoglm.engine.depth import Depth
 from nanoglm.engine.params import SamplingParams
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
@@ -36,6 +37,7 @@ class Request:
         entries: positions that have their entry in the MTP layer's cache. unread: hidden states of those behind them,
             from which the others will be made.
         finish: why it ended. drafted, accepted: of its drafts so far, by their place in a chain.
+        depth: what chooses the length of its chains, if it has one of its own.
         hit: tokens of its prompt that the prefix cache had when it began.
     """
 
@@ -55,6 +57,7 @@ class Request:
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    depth: Depth | None = None
     hit: int = 0
     preempted: int = 0
 
@@ -75,6 +78,11 @@ class Request:
     def left(self) -> int:
         """How many tokens may still come."""
         return self.params.max_tokens - len(self.outputs)
+
+    @property
+    def drafting(self) -> bool:
+        """Whether drafts are to be proposed now: it decodes, and has none."""
+        return self.finish is None and self.computed + 1 == self.length and not self.drafts
 
     def append(self, token: int) -> bool:
         """Takes the next token, or the end that it means; whether more may follow."""

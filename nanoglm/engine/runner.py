@@ -5,7 +5,7 @@ Shape legend: T rows of the step, N rows asked for, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,11 +63,14 @@ class Runner:
             if work.request.computed > begin:
                 work.request.unread.append(part[: work.request.computed - begin])
 
-    def draft(self, requests: Sequence[Request], depth: int) -> None:
-        """Writes the MTP layer's entries of all rows kept, and proposes ``depth`` drafts to each request that decodes.
+    def draft(self, requests: Sequence[Request], depths: Mapping[Request, int]) -> None:
+        """Writes the MTP layer's entries of all rows kept, and proposes drafts to each request that decodes.
 
         The chain starts from the last row: its Selection serves all drafts, and no draft's own key is ever read
         (architecture spec 3.3).
+
+        Args:
+            depths: how many drafts a request that is :attr:`Request.drafting` is to get; none if left out.
         """
         requests = [request for request in requests if request.unread]
         if not requests:
@@ -80,22 +83,21 @@ class Runner:
         m_TD, selection = self.model.draft(torch.tensor(following, device=self.device), hidden_TD, step)
         for request in requests:
             request.entries, request.unread = request.computed, []
-        # Who goes on decoding, and has room for a draft and the token behind it.
-        chains = [r.finish is None and r.computed + 1 == r.length and r.left > 1 for r in requests]
-        going = [request for request, goes in zip(requests, chains, strict=True) if goes]
-        if not going or not depth:
+        wanted = [
+            min(depths.get(r, 0), r.left - 1) for r in requests
+        ]  # behind the last draft there is room for a token
+        going = [(request, n) for request, n in zip(requests, wanted, strict=True) if n > 0]
+        if not going:
             return
-        step, rows = step.tail([int(goes) for goes in chains])
+        step, rows = step.tail([int(n > 0) for n in wanted])
         m_TD, selection = m_TD[rows], None if selection is None else selection[rows]
-        for place in range(depth):
+        for place in range(max(wanted)):
             if place:
-                tokens = torch.tensor([(r.drafts or r.outputs)[-1] for r in going], device=self.device)
+                tokens = torch.tensor([(r.drafts or r.outputs)[-1] for r, _ in going], device=self.device)
                 m_TD, selection = self.model.draft(tokens, m_TD, step, depth=place, selection=selection)
-            for request, logits_V in zip(going, self.model.logits(m_TD), strict=True):
-                if len(request.drafts) == place:  # none of its drafts was refused
+            for (request, n), logits_V in zip(going, self.model.logits(m_TD), strict=True):
+                if len(request.drafts) == place < n:  # less where a mask let nothing follow
                     propose(request, logits_V)
-        for request in going:
-            del request.drafts[request.left - 1 :], request.draft_probs[request.left - 1 :]
 
 
 def asked_rows(work: Work) -> int:

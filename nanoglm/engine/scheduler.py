@@ -3,8 +3,8 @@
 First come, first served: running requests before waiting ones, and of the running those that decode before those whose
 prompt is still being read, so that a long prompt delays nobody by more than a step. A step has a budget of tokens;
 prompts are cut to it. Pages that run out are taken from the prefix tree, then from the youngest running request, which
-goes back to the head of the queue and is computed anew later: the same tokens, since a row's bits depend on nothing
-beside it.
+goes back to the head of the queue with its tokens and drafts and is computed anew later: to the same end, since a row's
+bits depend on nothing beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Work:
     @property
     def samples(self) -> bool:
         """Whether it reaches the end of the request's tokens, so that the next is drawn."""
-        return self.request.computed + self.count == self.request.length + self.drafts
+        return self.request.computed + self.count >= self.request.length
 
 
 class Scheduler:
@@ -56,37 +56,34 @@ class Scheduler:
         decoding = [r for r in self.running if r.computed + 1 >= r.length]
         reading = [r for r in self.running if r.computed + 1 < r.length]
         for request in decoding + reading:
-            if left == 0 or request.handle is None:  # the latter was sent back for another's sake
+            if request.handle is None:  # sent back for another's sake
                 continue
-            drafts = min(len(request.drafts), left - 1) if request in decoding else 0
-            count = min(request.length - request.computed + drafts, left)
-            if drafts and not self._room(request, count, promised):
-                count, drafts = count - drafts, 0  # a page for drafts is worth nobody's place
-            while not self._room(request, count, promised):
+            count = _count(request, left)
+            while count and not self._room(request, count, promised):
                 youngest = next((r for r in reversed(self.running) if all(r is not w.request for w in found)), request)
                 self.send_back(youngest)
                 sent = True  # and nobody begins now, or it would come straight back
                 if youngest is request:
                     break
-            if request.handle is None:
-                continue
-            promised += self.cache.needs(request.handle, count)
-            left -= count
-            found.append(Work(request, count, drafts))
+            if count and request.handle is not None:
+                found.append(self._work(request, count))
+                promised, left = promised + self.cache.needs(request.handle, count), left - count
         while left and not sent and self.waiting and len(self.running) < self.most:
             request = self.waiting[0]
             self._begin(request)
-            count = min(request.length - request.computed, left)
-            if not self._room(request, count, promised):
+            count = _count(request, left)
+            if not count or not self._room(request, count, promised):
                 self.stop(request)
                 break
             self.waiting.popleft()
             self.running.append(request)
             assert request.handle is not None
-            promised += self.cache.needs(request.handle, count)
-            left -= count
-            found.append(Work(request, count, 0))
+            found.append(self._work(request, count))
+            promised, left = promised + self.cache.needs(request.handle, count), left - count
         return found
+
+    def _work(self, request: Request, count: int) -> Work:
+        return Work(request, count, max(0, request.computed + count - request.length))
 
     def _begin(self, request: Request) -> None:
         """Opens it in the cache, with what is known of its tokens."""
@@ -117,7 +114,6 @@ class Scheduler:
             self.remember(request)
             self.cache.close(request.handle)
         request.handle, request.computed, request.entries, request.unread = None, 0, 0, []
-        request.drafts, request.draft_probs = [], []
 
     def remember(self, request: Request) -> None:
         """Gives the request's full pages to the tree."""
@@ -133,3 +129,10 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self.stop(request)
+
+
+def _count(request: Request, left: int) -> int:
+    """How many tokens it computes of at most ``left``: the last one and its drafts together or not at all, so that what
+    is drawn does not depend on the room there was."""
+    wanted = request.length - request.computed + len(request.drafts)
+    return wanted if wanted <= left else min(left, request.length - 1 - request.computed)
