@@ -12,15 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoglm.cache import PAGE
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
-from nanoglm.engine import SamplingParams, generate
+from nanoglm.engine import Engine, SamplingParams, generate
 from nanoglm.engine.record import Recording, Trace
 from nanoglm.engine.request import check_prompt
 from nanoglm.errors import CheckpointError, InputError
@@ -96,42 +97,64 @@ class Model:
         params: SamplingParams | None = None,
         *,
         stop: Sequence[str] = (),
+        drafts: int | Literal["auto"] | None = None,
     ) -> list[str]:
-        """Continues each prompt; returns the continuations. Ends at the config's end tokens."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return ["".join(self.stream(prompt, params, stop=stop)) for prompt in prompts]
+        """Continues prompts, all at once; returns the continuations. Each ends at the config's end tokens.
 
-    def stream(self, prompt: str, params: SamplingParams | None = None, *, stop: Sequence[str] = ()) -> Iterator[str]:
+        Args:
+            stop: texts that end a continuation and are not in it.
+            drafts: of the MTP layer, verified together; None for as many as pay, if there is such a layer.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if self._recording is not None or self._replayed is not None:
+            return ["".join(self.stream(prompt, params, stop=stop)) for prompt in prompts]
+        texts = [""] * len(prompts)
+        for which, piece in self.start(prompts, params, stop=stop, drafts=drafts):
+            texts[which] += piece
+        return texts
+
+    def stream(
+        self,
+        prompt: str,
+        params: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        drafts: int | Literal["auto"] | None = None,
+    ) -> Iterator[str]:
         """Continues one prompt, yielding complete pieces of text as they are decided.
 
-        Text that may be the beginning of a stop string is held back until it is known not to be.
+        Text that may be the beginning of a stop string is held back until it is known not to be. What is recorded or
+        replayed goes through the plain loop, without drafts.
         """
-        if "" in stop:
-            raise InputError("stop holds an empty text; expected at least one character")
-        params = params or SamplingParams()
-        params = replace(params, stop_ids=params.stop_ids or self.config.eos_token_id)
-        prompt_ids = self.tokenizer.encode(prompt)
-        check_prompt(self.module, prompt_ids, params.max_tokens)
+        if self._recording is None and self._replayed is None:
+            return (piece for _, piece in self.start([prompt], params, stop=stop, drafts=drafts))
+        params, text = self._ending(params), _Text(self.tokenizer, stop)
+        ids = self.tokenizer.encode(prompt)
+        check_prompt(self.module, ids, params.max_tokens)
         replay = self._next_replayed()
         record = None if self._recording is None else self._recording.begin()
-        ids = generate(self.module, prompt_ids, params, record=record, replay=replay)
-        return self._stream(ids, tuple(stop))
+        return text.pieces(generate(self.module, ids, params, record=record, replay=replay))
 
-    def _stream(self, ids: Iterator[int], stop: tuple[str, ...]) -> Iterator[str]:
-        decoder, held = self.tokenizer.stream(), ""
-        for i in ids:
-            held += decoder.push(i)
-            ends = [at for at in (held.find(s) for s in stop) if at >= 0]
-            if ends:
-                yield held[: min(ends)]
-                return
-            keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
-        held += decoder.flush()
-        if held:
-            yield held
+    def start(
+        self,
+        prompts: Sequence[str],
+        params: SamplingParams | None = None,
+        *,
+        stop: Sequence[str] = (),
+        drafts: int | Literal["auto"] | None = None,
+    ) -> Generation:
+        """Begins to continue prompts in an engine of their own; iterate over it to go on.
+
+        Raises:
+            InputError: a stop text is empty, a prompt cannot be one, or drafts are asked of a model without MTP layer.
+        """
+        if drafts is None:
+            drafts = "auto" if self.config.num_nextn_predict_layers else 0
+        return Generation(self, prompts, self._ending(params), stop, drafts)
+
+    def _ending(self, params: SamplingParams | None) -> SamplingParams:
+        params = params or SamplingParams()
+        return replace(params, stop_ids=params.stop_ids or self.config.eos_token_id)
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[Recording]:
@@ -257,6 +280,82 @@ class Model:
                 packed[layer].append(F.pad(tensor, (0, width - tensor.shape[1]), value=-1))
         device = self.module.lm_head.weight.device
         return [torch.cat(parts).int().to(device) for parts in packed]
+
+
+class Generation:
+    """Prompts on their way to continuations: iterating yields (number of the prompt, next piece of its text).
+
+    Attributes:
+        engine: what runs them. requests: one a prompt, with its tokens, why it ended, and its drafts.
+    """
+
+    def __init__(
+        self, model: Model, prompts: Sequence[str], params: SamplingParams, stop: Sequence[str],
+        drafts: int | Literal["auto"],
+    ) -> None:  # fmt: skip
+        self._texts = [_Text(model.tokenizer, stop) for _ in prompts]
+        ids = [model.tokenizer.encode(prompt) for prompt in prompts]
+        for prompt in ids:
+            check_prompt(model.module, prompt, params.max_tokens)
+        pages = sum(-(-(len(prompt) + params.max_tokens) // PAGE) for prompt in ids)
+        self.engine = Engine(model.module, pages=max(1, pages), drafts=drafts, prefix=len(ids) > 1)
+        self.requests = [self.engine.add(prompt, params) for prompt in ids]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        texts = dict(zip(self.requests, enumerate(self._texts), strict=True))
+        while self.engine.busy:
+            for request, tokens in self.engine.step():
+                which, text = texts[request]
+                piece = "".join(map(text.push, tokens))
+                if request.finish is not None:
+                    piece += text.flush()
+                if piece:
+                    yield which, piece
+                if text.ended:
+                    self.engine.abort(request)
+
+    @property
+    def accepted(self) -> float:
+        """Tokens that a verification gave in the mean, 1 without drafts."""
+        verified = sum(r.drafted[0] for r in self.requests if r.drafted)
+        return 1 + sum(sum(r.accepted) for r in self.requests) / max(1, verified)
+
+
+class _Text:
+    """A continuation's text, up to the first of the stop texts; what may be the beginning of one is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise InputError("stop holds an empty text; expected at least one character")
+        self._decoder, self._stop, self._held, self.ended = tokenizer.stream(), tuple(stop), "", False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain."""
+        if self.ended:
+            return ""
+        self._held += self._decoder.push(token)
+        ends = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if ends:
+            self.ended = True
+            return self._held[: min(ends)]
+        held = self._held
+        keep = max((n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """What was held back, when no token follows."""
+        return "" if self.ended else self._held + self._decoder.flush()
+
+    def pieces(self, ids: Iterator[int]) -> Iterator[str]:
+        """The text of tokens as they come."""
+        for token in ids:
+            if piece := self.push(token):
+                yield piece
+            if self.ended:
+                return
+        if piece := self.flush():
+            yield piece
 
 
 def load(

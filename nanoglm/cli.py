@@ -79,12 +79,11 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
     console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
     began = time.perf_counter()
     with count_work() as work:
-        text = _print_stream(model.stream(prompt, SamplingParams(max_tokens, 0.8, None, seed)))
+        generation = model.start([prompt], SamplingParams(max_tokens, 0.8, None, seed))
+        text = _print_stream(piece for _, piece in generation)
     seconds = time.perf_counter() - began
     full, layers = len(config.full_layers), config.num_hidden_layers
-    # Of the prompt, the last layer works at the last token alone: as a Full one it would score the others neither.
-    skipped = len(model.tokenizer.encode(prompt)) - 1
-    everywhere = work.pairs_scored * layers // full - skipped * (skipped + 1) // 2
+    everywhere = work.pairs_scored + (layers - full) * generation.engine.runner.pairs
     tokens = len(model.tokenizer.encode(text))
     console.print(f"\nlayers       {full} Full + {layers - full} Shared ({config.pattern})")
     console.print(
@@ -92,6 +91,9 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
         f"({work.pairs_scored:,} of {everywhere:,} pairs scored)",
         soft_wrap=True,
     )
+    (request,) = generation.requests
+    accepted, drafted = sum(request.accepted), sum(request.drafted)
+    console.print(f"MTP          {generation.accepted:.2f} tokens a step ({accepted} of {drafted} drafts accepted)")
     console.print(f"speed        {tokens / seconds:.1f} tokens/s ({tokens} tokens in {seconds:.1f} s)")
     cache = PagedCache(config, 1)
     console.print(f"cache        {cache.bytes_per_token:,} bytes per token (float32, MTP layer included)")

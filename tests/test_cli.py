@@ -463,10 +463,16 @@ def test_demo_tells_what_index_share_saved(bundled: None, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert out.startswith("It was a dark evening")
     assert "4 Full + 8 Shared (FFSSSFSSSFSS)" in out
-    # 21 bytes of prompt and 23 tokens fed back: each sees itself and those before it, in 4 layers instead of 12, the
-    # last of which needs nothing of the prompt but its last token.
-    pairs = 44 * 45 // 2
-    everywhere = 12 * pairs - 20 * 21 // 2
-    assert f"{1 - 4 * pairs / everywhere:.1%} of the indexer work removed ({4 * pairs:,} of {everywhere:,} pairs" in out
+    found = re.search(r"IndexShare +([\d.]+)% of the indexer work removed \(([\d,]+) of ([\d,]+) pairs scored\)", out)
+    assert found is not None
+    share, scored, everywhere = (float(group.replace(",", "")) for group in found.groups())
+    assert share == pytest.approx(100 * (1 - scored / everywhere), abs=0.06)
+    # 21 bytes of prompt, 23 tokens fed back, and refused drafts: each sees itself and those before it, in 8 layers less.
+    pairs = (everywhere - scored) / 8
+    assert pairs >= 44 * 45 // 2
+    # 4 layers score them, and the MTP layer what it read: not more than they.
+    assert 4 * pairs + 21 * 22 // 2 <= scored <= 5 * pairs
+    accepted, drafted = map(int, re.search(r"\((\d+) of (\d+) drafts accepted\)", out).groups())
+    assert 0 < accepted <= drafted
     assert re.search(r"speed\s+[\d.]+ tokens/s", out)
     assert re.search(r"cache\s+[\d,]+ bytes per token", out)

@@ -28,6 +28,7 @@ class Runner:
     def __init__(self, model: GLM, cache: PagedCache, drafting: bool) -> None:
         self.model, self.cache, self.drafting = model, cache, drafting
         self.device = model.lm_head.weight.device
+        self.pairs = 0  # (query, key) that one decoder layer saw
 
     def run(self, works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:
         """Computes each work's tokens.
@@ -40,6 +41,7 @@ class Runner:
         for work in works:
             tokens = [*work.request.ids, *work.request.drafts]
             ids += tokens[work.request.computed : work.request.computed + work.count]
+            self.pairs += work.count * work.request.computed + work.count * (work.count + 1) // 2
         counts = [work.count for work in works]
         batch = self.cache.extend([_handle(work) for work in works], counts)
         asked = [asked_rows(work) for work in works]
