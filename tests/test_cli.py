@@ -467,7 +467,7 @@ def test_demo_tells_what_index_share_saved(bundled: None, capsys: pytest.Capture
     assert found is not None
     share, scored, everywhere = (float(group.replace(",", "")) for group in found.groups())
     assert share == pytest.approx(100 * (1 - scored / everywhere), abs=0.06)
-    # 21 bytes of prompt, 23 tokens fed back, and refused drafts: each sees itself and those before it, in 8 layers less.
+    # 21 bytes of prompt, 23 tokens fed back, and refused drafts: each sees itself and those before, in 8 layers less.
     pairs = (everywhere - scored) / 8
     assert pairs >= 44 * 45 // 2
     # 4 layers score them, and the MTP layer what it read: not more than they.
