@@ -24,7 +24,7 @@ class IndexerInputs(NamedTuple):
 
     q_TJI: Tensor
     weights_TJ: Tensor  # fp32, with J^-0.5 and I^-0.5 folded in (both positive, so after the ReLU)
-    keys_TI: Tensor
+    keys_TI: Tensor  # of all tokens of the sequences: more than rows where these hold only the last ones
 
 
 class Indexer(nn.Module):

@@ -46,36 +46,33 @@ class MLA(nn.Module):
         cq_TQ = self.q_a_layernorm(self.q_a_proj(x_TD))
         q_nope_THA, q_rope_THR = self.q_b_proj(cq_TQ).unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         q_rope_THR = step.rotary(q_rope_THR)
-        keys_TI = None if step.reuse_keys else self.write_keys(x_TD, step)
+        if not step.reuse_keys:
+            self.write_keys(x_TD, step)
         if self.indexer is not None:
-            selection = self._select(x_TD, cq_TQ, keys_TI, step, selection)
+            selection = self._select(x_TD, cq_TQ, step, selection)
         if step.attention != "dense" and selection is None:
             raise RuntimeError(f"layer {self.layer} is Shared and got no Selection from an earlier Full layer")
         attend = self._absorbed if step.attention == "sparse" else self._expanded
         o_THV = attend(q_nope_THA, q_rope_THR, step, selection)
         return self.o_proj(o_THV.flatten(1)), selection
 
-    def write_keys(self, x_TD: Tensor, step: Pass) -> Tensor | None:
-        """Keeps the latents and, on a Full layer, the index keys, which are returned, of these tokens."""
+    def write_keys(self, x_TD: Tensor, step: Pass) -> None:
+        """Keeps the latents and, on a Full layer, the index keys of these tokens."""
         c_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
         step.store.write_latent(self.layer, self.kv_a_layernorm(c_TC), step.rotary(k_rope_TR), step.batch)
-        if self.indexer is None or (step.attention == "dense" and step.recording is None):
-            return None
-        keys_TI = self.indexer.keys(x_TD, step.rotary)
-        step.store.write_index_keys(self.layer, keys_TI, step.batch)
-        return keys_TI
+        if self.indexer is not None and (step.attention != "dense" or step.recording is not None):
+            step.store.write_index_keys(self.layer, self.indexer.keys(x_TD, step.rotary), step.batch)
 
-    def _select(
-        self, x_TD: Tensor, cq_TQ: Tensor, keys_TI: Tensor | None, step: Pass, given: Tensor | None
-    ) -> Tensor | None:
+    def _select(self, x_TD: Tensor, cq_TQ: Tensor, step: Pass, given: Tensor | None) -> Tensor | None:
         """The Full layer's own Selection, or ``given`` when the pass replays recorded ones."""
         assert self.indexer is not None
         chooses = not step.replay and step.attention != "dense"
         if not chooses and step.recording is None:
             return given
         q_TJI, weights_TJ = self.indexer.queries(x_TD, cq_TQ, step.rotary)
-        if step.recording is not None and keys_TI is not None:
-            step.recording.indexer[self.layer] = IndexerInputs(q_TJI, weights_TJ, keys_TI)
+        if step.recording is not None:
+            keys_SI = step.batch.ordered(step.store.index_keys(self.layer))
+            step.recording.indexer[self.layer] = IndexerInputs(q_TJI, weights_TJ, keys_SI)
         if not chooses:
             return given
         selection = ops.select(q_TJI, weights_TJ, step.store.index_keys(self.layer), step.batch, self.topk)
@@ -95,18 +92,19 @@ class MLA(nn.Module):
         q_latent_THC = ops.headwise(q_nope, w_uk)
         if step.recording is not None:  # all heads share the keys of absorbed queries
             queries, keys = torch.cat([q_latent_THC, q_rope], -1), torch.cat([latent_NC, rope_NR], -1)
-            step.recording.attention[self.layer] = queries.detach(), keys.detach()
+            step.recording.attention[self.layer] = queries.detach(), step.batch.ordered(keys).detach()
         o_THC = ops.sparse_attention(
             q_latent_THC.contiguous(), q_rope, latent_NC, rope_NR, selection, step.batch, self.scale
         )
         return ops.headwise(o_THC, w_uv.mT)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, step: Pass, selection: Tensor | None) -> Tensor:
-        latent_NC, rope_NR = step.store.latent(self.layer)
+        latent_NC, rope_NR = map(step.batch.ordered, step.store.latent(self.layer))
         kv_NHA = self.kv_b_proj(latent_NC).unflatten(-1, (self.heads, -1))
         k_nope_NHA, v_NHV = kv_NHA.split([self.nope, self.value], -1)
         q_THA = torch.cat([q_nope, q_rope], -1)
         k_NHA = torch.cat([k_nope_NHA, rope_NR[:, None].expand(-1, self.heads, -1)], -1)
         if step.recording is not None:
             step.recording.attention[self.layer] = q_THA.detach(), k_NHA.detach()
-        return ops.dense_attention(q_THA, k_NHA, v_NHV, step.batch.borders, self.scale, selection)
+        batch = step.batch
+        return ops.dense_attention(q_THA, k_NHA, v_NHV, batch.borders, self.scale, selection, batch.lengths)

@@ -84,6 +84,15 @@ class Batch:
         borders = (0, *accumulate(counts))
         return replace(self, borders=borders, positions=self.positions[rows], requests=self.requests[rows]), rows
 
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Storage rows [N, ...] as those of all tokens of each request in turn, [sum of lengths, ...]. For pages of one
+        row; if there are no others than the batch's own, they stand in that order."""
+        return rows if len(rows) == len(self.positions) else rows[self._keys]
+
+    @cached_property  # every layer asks
+    def _keys(self) -> Tensor:
+        return torch.cat([self.table[b, :length] for b, length in enumerate(self.lengths)]).long()
+
     @cached_property  # every layer asks
     def slots(self) -> Tensor:
         """int64 [T]: the storage row of each of this batch's own tokens."""

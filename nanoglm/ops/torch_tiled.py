@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -258,35 +259,45 @@ def sparse_attention_backward(
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale: float, selection: Tensor | None = None
-) -> Tensor:
-    """Expanded causal attention within each sequence of a contiguous batch (architecture spec 2.4).
+    q: Tensor, k: Tensor, v: Tensor, borders: Sequence[int], scale: float, selection: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Expanded causal attention within each sequence (architecture spec 2.4).
 
-    q, k [T, H, a], v [T, H, b] -> [T, H, b]. With a Selection every causal pair is still computed and
-    the unselected are masked: the cheaper way to *train* at lengths near k. Autograd is PyTorch's.
+    q [T, H, a], k [S, H, a], v [S, H, b] -> [T, H, b]. A sequence's keys are ``lengths`` many, of which its rows of q
+    are the last; None: as many as rows. With a Selection every causal pair is still computed and the unselected
+    are masked: the cheaper way to *train* at lengths near k. Autograd is PyTorch's.
     """
-    counts = {end - begin for begin, end in zip(borders, borders[1:], strict=False)}
-    if len(counts) > 1:  # ragged: one sequence at a time
-        parts = []
-        for begin, end in zip(borders, borders[1:], strict=False):
-            part = None if selection is None else selection[begin:end]
-            parts.append(dense_attention(q[begin:end], k[begin:end], v[begin:end], (0, end - begin), scale, part))
+    counts = [end - begin for begin, end in zip(borders, borders[1:], strict=False)]
+    lengths = counts if lengths is None else list(lengths)
+    if len({*zip(counts, lengths, strict=True)}) > 1:  # ragged: one sequence at a time
+        parts, ends = [], list(accumulate(lengths))
+        for begin, end, last, length in zip(borders, borders[1:], ends, lengths, strict=False):
+            if begin < end:
+                rows, keys, part = slice(begin, end), slice(last - length, last), None
+                if selection is not None:
+                    part = selection[rows]
+                parts.append(dense_attention(q[rows], k[keys], v[keys], (0, end - begin), scale, part, (length,)))
         return torch.cat(parts)
-    length = counts.pop()
-    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-    if selection is None:
+    count, length = counts[0], lengths[0]
+    q = q.unflatten(0, (-1, count)).transpose(1, 2)
+    k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (k, v))
+    if selection is None and count == length:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
         tiles = []
-        for begin in range(0, length, 256):
-            end = min(begin + 256, length)
-            chosen = selection.unflatten(0, (-1, length))[:, begin:end].long()
-            mask = torch.zeros(*chosen.shape[:2], end + 1, dtype=torch.bool, device=q.device)
-            mask.scatter_(2, torch.where(chosen < 0, end, chosen), True)  # column `end` takes the empty places
-            mask = mask[:, None, :, :end]
-            tiles.append(
-                F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], mask, scale=scale)
-            )
+        for begin in range(0, count, 256):
+            rows = slice(begin, min(begin + 256, count))
+            end = length - count + rows.stop  # no row of the tile sees more
+            if selection is None:
+                at = torch.arange(end, device=q.device)
+                mask = at <= at[length - count + begin :, None]
+            else:
+                chosen = selection.unflatten(0, (-1, count))[:, rows].long()
+                mask = torch.zeros(*chosen.shape[:2], end + 1, dtype=torch.bool, device=q.device)
+                mask.scatter_(2, torch.where(chosen < 0, end, chosen), True)  # column `end` takes the empty places
+                mask = mask[:, None, :, :end]
+            tiles.append(F.scaled_dot_product_attention(q[:, :, rows], k[:, :, :end], v[:, :, :end], mask, scale=scale))
         out = torch.cat(tiles, 2)
     return out.transpose(1, 2).flatten(0, 1)
 

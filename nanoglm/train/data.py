@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from nanoglm.errors import InputError
+from nanoglm.model import BatchStore
 from nanoglm.ops import Batch
 
 STDLIB = "stdlib"  # a source that every machine has: the sources of Python's standard library (PSF licence)
@@ -337,6 +338,22 @@ class Sample:
         sizes = [sum(part) for part in parts]
         pieces = zip(self.ids.split(sizes), self.targets.split(sizes), parts, strict=True)
         return [Sample(ids, targets, tuple(part)) for ids, targets, part in pieces]
+
+    # Three questions to which a rank that holds a stretch of each sequence has other answers (context.py).
+    def later(self, values_T: Tensor, by: int) -> tuple[Tensor, Tensor]:
+        """Of each row the value that stands ``by`` rows on, [T, ...] without gradient, and whether that one belongs to
+        the same sequence, bool [T]."""
+        rows, requests = torch.arange(len(values_T), device=values_T.device) + by, self.batch.requests
+        at = rows.clamp(max=len(rows) - 1)
+        return values_T.detach()[at], (rows < len(rows)) & (requests[at] == requests)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all that hold rows of these sequences, without gradient."""
+        return x.detach()
+
+    def store(self) -> BatchStore:
+        """An empty store for one pass over these rows."""
+        return BatchStore()
 
 
 class Source(Protocol):

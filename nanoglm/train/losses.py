@@ -48,10 +48,8 @@ def draft_targets(sample: Sample, depths: int) -> Tensor:
 
 def _ahead(sample: Sample, values_T: Tensor, by: int, beyond: int) -> Tensor:
     """Of each row what stands ``by`` rows on in its sequence, [T]."""
-    rows = torch.arange(len(values_T), device=values_T.device)
-    requests = sample.batch.requests
-    later = (rows + by).clamp(max=len(rows) - 1)
-    return values_T[later].where((rows + by < len(rows)) & (requests[later] == requests), beyond)
+    later, inside = sample.later(values_T, by)
+    return later.where(inside, beyond)
 
 
 def mtp(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[Tensor, int]:
@@ -72,14 +70,12 @@ def total_variation(model: GLM, output: Output, sample: Sample, depths: int) -> 
     drafts are all learnt (architecture spec 3.2, after Bebop).
     """
     rows = (draft_targets(sample, depths) >= 0).all(0).nonzero().squeeze(-1)
-    if not len(rows):
-        return output.hidden.new_zeros(()), 0
-    p_TV = ops.wide(model.logits(output.hidden.detach()).detach()).softmax(-1)
-    reached = p_TV.new_ones(len(rows))
-    total = torch.zeros_like(reached)
-    for depth, hidden in enumerate(drafts(model, output, sample, depths)):
+    reached = total = ops.wide(output.hidden.new_zeros(()))
+    for depth, hidden in enumerate(drafts(model, output, sample, depths)):  # without rows too: other ranks take part
+        p_NV = ops.wide(model.logits(sample.later(output.hidden, 1 + depth)[0][rows]).detach()).softmax(-1)
         q_NV = ops.wide(model.logits(hidden[rows])).softmax(-1)
-        reached = reached * torch.minimum(p_TV[rows + 1 + depth], q_NV).sum(-1)
+        accepted = torch.minimum(p_NV, q_NV).sum(-1)
+        reached = accepted if depth == 0 else reached * accepted
         total = total + reached
     return (1 - total / depths).sum(), len(rows)
 
@@ -93,8 +89,8 @@ def balance(scores_TE: Tensor, ids_Tk: Tensor, sample: Sample) -> tuple[Tensor, 
     load_BE = shares_TE.new_zeros(len(batch.lengths), experts)
     load_BE.index_put_((batch.requests[:, None], ids_Tk), load_BE.new_ones(()), accumulate=True)
     mean_BE = torch.zeros_like(load_BE).index_add(0, batch.requests, shares_TE)
-    lengths_B1 = torch.tensor(batch.lengths, device=load_BE.device)[:, None]
-    frequent_BE = load_BE * (experts / ids_Tk.shape[1]) / lengths_B1
+    load_BE = sample.total(load_BE)
+    frequent_BE = load_BE * experts / load_BE.sum(-1, keepdim=True)  # a sequence makes k choices a token
     return (frequent_BE * mean_BE).sum(), len(ids_Tk)  # mean_BE still has the length in it, which is the weight
 
 
@@ -123,6 +119,7 @@ def indexer_kl(
     length: int,
     scale: float,
     selection: Tensor | None,
+    before: int = 0,
 ) -> tuple[Tensor, int]:
     """Multi-layer KL(p || q) of one indexer q against the attention p of all layers it serves.
 
@@ -132,13 +129,14 @@ def indexer_kl(
     neither, is kept for the backward pass.
 
     Args:
-        inputs: the indexer's queries, weights and keys for T = B * L rows.
+        inputs: the indexer's queries and weights for T = B * L rows, and keys.
         served: per layer queries [T, H, A] and keys, detached: expanded [T, H, A], or what all heads share, [T, A]
             (absorbed queries with latents and rotated keys).
         length: L. scale: softmax scale of the main attention.
+        before: tokens of each sequence that come before its L rows: there are B * (before + L) keys.
     """
-    total: Tensor = _IndexerKL.apply(*inputs, served, length, scale, selection)
-    return total, inputs.keys_TI.shape[0]
+    total: Tensor = _IndexerKL.apply(*inputs, served, length, scale, selection, before)
+    return total, inputs.q_TJI.shape[0]
 
 
 class _IndexerKL(torch.autograd.Function):
@@ -147,20 +145,21 @@ class _IndexerKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, weights: Tensor, keys: Tensor, served: Sequence[tuple[Tensor, Tensor]], length: int,
-        scale: float, selection: Tensor | None,
+        scale: float, selection: Tensor | None, before: int,
     ) -> Tensor:  # fmt: skip
-        q, w, k = (_wide(x).unflatten(0, (-1, length)) for x in (q, weights, keys))
-        teachers = [(_wide(x).unflatten(0, (-1, length)), _wide(y).unflatten(0, (-1, length))) for x, y in served]
+        q, w = (_wide(x).unflatten(0, (-1, length)) for x in (q, weights))
+        k = _wide(keys).unflatten(0, (-1, before + length))
+        teachers = [(_wide(x).unflatten(0, (-1, length)), _wide(y).unflatten(0, k.shape[:2])) for x, y in served]
         chosen = None if selection is None else selection.unflatten(0, (-1, length)).long()
-        step = max(1, CHUNK_ELEMENTS // (q.shape[0] * _row(q, teachers, length, chosen)))
+        step = max(1, CHUNK_ELEMENTS // (q.shape[0] * _row(q, teachers, before + length, chosen)))
         total, (dq, dw, dk) = q.new_zeros(()), (torch.zeros_like(x) for x in (q, w, k))
         sequence = torch.arange(q.shape[0], device=q.device)[:, None, None]
-        positions = torch.arange(length, device=q.device)
+        positions = torch.arange(before + length, device=q.device)
         for begin in range(0, length, step):
             end = min(begin + step, length)
             if chosen is None:
-                mask, at = (positions[:end] <= positions[begin:end, None])[None], None
-                seen = k[:, None, :end]  # [B, 1, S, I]
+                mask, at = (positions[: before + end] <= positions[before + begin : before + end, None])[None], None
+                seen = k[:, None, : before + end]  # [B, 1, S, I]
             else:
                 at = chosen[:, begin:end]
                 mask, at = at >= 0, at.clamp(min=0)
@@ -175,16 +174,16 @@ class _IndexerKL(torch.autograd.Function):
             d_dots = d[:, :, None] * w[:, begin:end, :, None] * (dots > 0)
             dq[:, begin:end] = d_dots @ seen
             if at is None:
-                dk[:, :end] += d_dots.flatten(1, 2).mT @ q[:, begin:end].flatten(1, 2)
+                dk[:, : before + end] += d_dots.flatten(1, 2).mT @ q[:, begin:end].flatten(1, 2)
             else:
-                rows = (at + sequence * length).flatten()
+                rows = (at + sequence * k.shape[1]).flatten()
                 dk.flatten(0, 1).index_add_(0, rows, (d_dots.mT @ q[:, begin:end]).flatten(0, 2))
         ctx.save_for_backward(*(x.flatten(0, 1).to(y.dtype) for x, y in ((dq, q), (dw, w), (dk, k))))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(grad * x for x in ctx.saved_tensors), None, None, None, None
+        return *(grad * x for x in ctx.saved_tensors), None, None, None, None, None
 
 
 def attention(
@@ -194,8 +193,8 @@ def attention(
 
     Args:
         teachers: per layer queries [B, L, H, A] and keys [B, L, H, A], or [B, L, A] if all heads share them.
-        mask: which of the S = end keys, or of the K places of ``at``, a row sees.
-        at: positions of K selected keys, [B, t, K]; all up to ``end`` if None.
+        mask: which of the first S keys, or of the K places of ``at``, a row sees.
+        at: positions of K selected keys, [B, t, K]; the first S if None.
     """
     mean: Tensor | None = None
     for queries, keys in teachers:
@@ -205,7 +204,7 @@ def attention(
         else:
             q = queries[:, begin:end].transpose(1, 2)  # [B, H, t, A]
             k = keys[:, None] if keys.ndim == 3 else keys.transpose(1, 2)
-            logits = q @ k[:, :, : end if at is None else None].mT
+            logits = q @ k[:, :, : mask.shape[-1] if at is None else None].mT
             if at is not None:
                 logits = logits.gather(-1, at[:, None].expand(*logits.shape[:3], -1))
         p = (logits * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1) / len(teachers)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
 
-from nanoglm.model import GLM, BatchStore, Tape
+from nanoglm.model import GLM, Tape
 from nanoglm.model.indexer import IndexerInputs
 from nanoglm.model.moe import MoE
+from nanoglm.ops import Batch
 from nanoglm.train import losses
 from nanoglm.train.data import Sample
 from nanoglm.train.recipe import Recipe
@@ -85,7 +87,7 @@ def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[s
     stage = recipe.stage(step)
     index = stage.indexer_every > 0 and step % stage.indexer_every == 0
     tape = Tape(indexers=index)
-    output = model(sample.ids, sample.batch, BatchStore(), attention=stage.attention, tape=tape)
+    output = model(sample.ids, sample.batch, sample.store(), attention=stage.attention, tape=tape)
     found = {"loss": losses.cross_entropy(model, output.hidden, sample.targets)}
     if model.config.num_nextn_predict_layers:
         drafting = losses.total_variation if recipe.accepts(step) else losses.mtp
@@ -117,22 +119,24 @@ def indexer_loss(model: GLM, tape: Tape, sample: Sample, *, sparse: bool, own: b
     for first, layers in served.items():
         layers = layers[:1] if own else layers
         selection = tape.selections[first] if sparse else None
-        for rows, length in _runs(sample.counts):
-            inputs = IndexerInputs(*(x[rows] for x in tape.indexer[first]))
-            teachers = [(q[rows], k[rows]) for q, k in (tape.attention[layer] for layer in layers)]
+        for rows, seen, length, before in _runs(sample.batch):
+            q_TJI, weights_TJ, keys_SI = tape.indexer[first]
+            inputs = IndexerInputs(q_TJI[rows], weights_TJ[rows], keys_SI[seen])
+            teachers = [(q[rows], k[seen]) for q, k in (tape.attention[layer] for layer in layers)]
             chosen = None if selection is None else selection[rows]
-            sums.append(losses.indexer_kl(inputs, teachers, length, config.qk_head_dim**-0.5, chosen)[0])
+            sums.append(losses.indexer_kl(inputs, teachers, length, config.qk_head_dim**-0.5, chosen, before)[0])
     return torch.stack(sums).sum() / len(served), len(sample.ids)
 
 
-def _runs(counts: tuple[int, ...]) -> Iterator[tuple[slice, int]]:
-    """Rows of neighbouring sequences of one length, and that length."""
-    begin = 0
-    for i, n in enumerate(counts):
-        end = sum(counts[: i + 1])
-        if i + 1 == len(counts) or counts[i + 1] != n:
-            yield slice(begin, end), n
-            begin = end
+def _runs(batch: Batch) -> Iterator[tuple[slice, slice, int, int]]:
+    """Of neighbouring sequences alike in length: their rows, their keys, rows of each, and tokens before these."""
+    counts = [end - begin for begin, end in pairwise(batch.borders)]
+    row = key = 0
+    for (count, length), run in groupby(zip(counts, batch.lengths, strict=True)):
+        n = len(list(run))
+        if count:
+            yield slice(row, row + n * count), slice(key, key + n * length), count, length - count
+        row, key = row + n * count, key + n * length
 
 
 @torch.no_grad()

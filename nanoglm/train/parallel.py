@@ -1,7 +1,8 @@
 """Training on several processes: the same model, the same trainer, parameters in shards and experts with owners.
 
-A step's sequences are dealt out to all ranks. Each computes its sums over the counts of the whole step (objective.py),
-so gradients are added, never averaged, and a run equals that of one process but for the order of sums.
+A step's sequences are dealt out to all ranks, or a stretch of each to every rank of a group (context.py). A rank
+computes its sums over the counts of the whole step (objective.py), so gradients are added, never averaged, and a run
+equals that of one process but for the order of sums.
 
 - Parameters are sharded over all ranks (FSDP2), a decoder layer at a time; embedding, final norm and head, which the
   MTP layer uses too, are the root's and stay whole from forward to backward.
@@ -31,29 +32,39 @@ from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.model.moe import Experts, MoE
 from nanoglm.model.mtp import MTPLayer
+from nanoglm.train.context import Context
 from nanoglm.train.data import Sample
 
 
 class Ranks:
-    """The processes of a run, as a mesh of (data, expert). ``torch.distributed`` is initialised already.
+    """The processes of a run. ``torch.distributed`` is initialised already.
+
+    They form two meshes over the same ranks, neighbours innermost: (data, expert) for parameters and (group, context)
+    for sequences. Who shares experts and who shares sequences are questions apart: two processes can share both.
 
     Args:
-        expert: ranks that share a layer's experts; all of them are dealt sequences of their own.
+        expert: ranks that share a layer's experts. context: ranks that share a sequence.
         device: its type.
 
     Attributes:
+        context: this rank's group, None where sequences are whole.
         sent: bytes that this rank gave to others for experts, so that a test can see tokens move.
 
     Raises:
-        InputError: ``expert`` does not divide the number of processes.
+        InputError: one of them does not divide the number of processes.
     """
 
-    def __init__(self, expert: int = 1, device: str = "cpu") -> None:
+    def __init__(self, expert: int = 1, context: int = 1, device: str = "cpu") -> None:
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
-        if expert < 1 or self.world % expert:
-            raise InputError(f"expert is {expert}; expected a divisor of the {self.world} processes")
+        for name, n in (("expert", expert), ("context", context)):
+            if n < 1 or self.world % n:
+                raise InputError(f"{name}_ranks is {n}; expected a divisor of the {self.world} processes")
         self.mesh = init_device_mesh(device, (self.world // expert, expert), mesh_dim_names=("data", "expert"))
         self.all = self.mesh._flatten("all")
+        self.groups, self.context = self.world // context, None
+        if context > 1:
+            sequences = init_device_mesh(device, (self.groups, context), mesh_dim_names=("group", "context"))
+            self.context = Context(sequences.get_group("context"))
         self.expert, self.sent = expert, 0
 
     @property
@@ -68,22 +79,25 @@ class Ranks:
         return value
 
     def share(self, sample: Sample, pass_tokens: int | None) -> Sample:
-        """This rank's sequences of a step: as many neighbours as every other's.
+        """This rank's sequences of a step, or its rows of its group's: as many neighbours as every other's.
 
         Raises:
             InputError: they do not divide; or they are of unlike lengths and a step is accumulated, where the number of
                 passes, and with it of collectives, would be each rank's own.
         """
         n = len(sample.counts)
-        if n % self.world:
-            raise InputError(f"step has {n} sequences; expected a multiple of the {self.world} processes")
+        if n % self.groups:
+            each = "processes" if self.context is None else "groups of processes"
+            raise InputError(f"step has {n} sequences; expected a multiple of the {self.groups} {each}")
         if pass_tokens is not None and len(set(sample.counts)) > 1:
             raise InputError(
                 f"pass_tokens is {pass_tokens}; expected none on several processes where sequences have unlike lengths"
             )
-        begin, end = self.rank * n // self.world, (self.rank + 1) * n // self.world
+        group = self.rank * self.groups // self.world
+        begin, end = group * n // self.groups, (group + 1) * n // self.groups
         rows = slice(sum(sample.counts[:begin]), sum(sample.counts[:end]))
-        return Sample(sample.ids[rows], sample.targets[rows], sample.counts[begin:end])
+        own = Sample(sample.ids[rows], sample.targets[rows], sample.counts[begin:end])
+        return own if self.context is None else self.context.part(own)
 
     def clip(self, parameters: Iterable[Tensor], limit: float) -> None:
         """Scales gradients to a norm of at most ``limit`` over all ranks, as ``clip_grad_norm_`` does on one."""
@@ -99,8 +113,8 @@ def leave() -> NoReturn:
     """Ends this process once every rank has come here, with exit code 0 and all output written.
 
     Not through the interpreter's own end. DTensor's caches hold meshes, and meshes their process groups, whatever
-    ``destroy_process_group`` and ``gc.collect`` do; so gloo's threads are still there when the interpreter finalises, and
-    one that lets go of a tensor then asks for the GIL, is ended for it and takes the process down (SIGABRT).
+    ``destroy_process_group`` and ``gc.collect`` do; so gloo's threads are still there when the interpreter finalises.
+    One that lets go of a tensor then asks for the GIL, is ended for it and takes the process down (SIGABRT).
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -117,7 +131,7 @@ def parallelise(model: GLM, ranks: Ranks) -> GLM:
     """
     config = model.config
     if ranks.expert > 1 and config.n_routed_experts % ranks.expert:
-        raise InputError(f"expert is {ranks.expert}; expected a divisor of the {config.n_routed_experts} experts")
+        raise InputError(f"expert_ranks is {ranks.expert}; expected a divisor of the {config.n_routed_experts} experts")
     owned: set[nn.Parameter] = set()
     for layer in model.model.layers:
         moe = layer.get_submodule("mlp")

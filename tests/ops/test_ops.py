@@ -155,6 +155,23 @@ def test_dense_attention_ragged_equals_absorbed_reference(selected: bool) -> Non
         torch.testing.assert_close(found[row], torch.einsum("hs,shv->hv", weights, v[keys]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize("counts", [(300, 300), (7, 290, 0)])
+def test_dense_attention_of_a_sequences_last_rows(selected: bool, counts: tuple[int, ...]) -> None:
+    """As a rank of several has them: the same as of whole sequences at those rows."""
+    torch.manual_seed(2)
+    lengths = (310,) * len(counts)
+    every = Batch.contiguous(lengths)
+    q, k, v = (torch.randn(every.borders[-1], 2, n) for n in (7, 7, 3))
+    selection = None
+    if selected:
+        selection = ops.select(torch.randn(len(q), 1, 3), torch.randn(len(q), 1), torch.randn(len(q), 3), every, 9)
+    batch, rows = every.tail(counts)
+    part = None if selection is None else selection[rows]
+    found = ops.dense_attention(q[rows], k, v, batch.borders, 0.5, part, lengths)
+    torch.testing.assert_close(found, ops.dense_attention(q, k, v, every.borders, 0.5, selection)[rows])
+
+
 def test_registered_with_torch_library() -> None:
     """Schema, fake and autograd registrations hold what PyTorch checks of a custom op."""
     torch.manual_seed(0)
