@@ -31,6 +31,8 @@ def training(default: Recipe) -> Callable[..., None]:
         save_every: int = 500,
         validate_every: int = 200,
         tensorboard: bool = False,
+        expert_ranks: int = 1,
+        context_ranks: int = 1,
     ) -> None:
         """Train a model: by a recipe (train RECIPE.py ...) or in the usual stages: dense, indexer warm-up, sparse.
 
@@ -47,15 +49,19 @@ def training(default: Recipe) -> Callable[..., None]:
             save_every: Steps between two savings of the run.
             validate_every: Steps between two validations.
             tensorboard: Write the log for TensorBoard too, into out/tensorboard.
+            expert_ranks: Under torchrun, how many processes share a layer's experts.
+            context_ranks: Under torchrun, how many processes share a sequence.
         """
-        from nanoglm.train.run import corpus, run
+        from nanoglm.train.parallel import launched
+        from nanoglm.train.run import corpus, run, where_of
 
-        base = None if init is None else load(init)
-        found = corpus(text, val, conversations, None if base is None else base.tokenizer)
-        run(
-            found, recipe, out, base, device=device, budget=parse_bytes("fit", fit),
-            resume=resume, save_every=save_every, validate_every=validate_every, tensorboard=tensorboard,
-        )  # fmt: skip
+        with launched(expert_ranks, context_ranks, where_of(device)) as ranks:
+            base = None if init is None else load(init)
+            found = corpus(text, val, conversations, None if base is None else base.tokenizer)
+            run(
+                found, recipe, out, base, device=device, budget=parse_bytes("fit", fit), resume=resume,
+                save_every=save_every, validate_every=validate_every, tensorboard=tensorboard, ranks=ranks,
+            )  # fmt: skip
 
     return train
 

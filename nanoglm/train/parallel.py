@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,12 +29,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from nanoglm import ops
-from nanoglm.errors import InputError
+from nanoglm.errors import InputError, NanoglmError
 from nanoglm.model import GLM
 from nanoglm.model.moe import Experts, MoE
 from nanoglm.model.mtp import MTPLayer
 from nanoglm.train.context import Context
 from nanoglm.train.data import Sample
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -99,6 +102,20 @@ class Ranks:
         own = Sample(sample.ids[rows], sample.targets[rows], sample.counts[begin:end])
         return own if self.context is None else self.context.part(own)
 
+    def first_does(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on the first rank, where alone it runs, for all; a :class:`NanoglmError` likewise."""
+        found: list[Any] = [None, None]
+        if self.first:
+            try:
+                found[0] = action()
+            except NanoglmError as error:
+                found[1] = error
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        result: T = found[0]
+        return result
+
     def clip(self, parameters: Iterable[Tensor], limit: float) -> None:
         """Scales gradients to a norm of at most ``limit`` over all ranks, as ``clip_grad_norm_`` does on one."""
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -109,8 +126,33 @@ class Ranks:
             g.mul_(scale)
 
 
-def leave() -> NoReturn:
-    """Ends this process once every rank has come here, with exit code 0 and all output written.
+@contextmanager
+def launched(expert: int = 1, context: int = 1, device: str = "cpu") -> Iterator[Ranks | None]:
+    """The processes that torchrun started, which end with the block; None for a process by itself.
+
+    Raises:
+        InputError: ranks are to share something, and there is one process. Under torchrun what all ranks meet within
+            the block is told by the first alone.
+    """
+    if not dist.is_torchelastic_launched():
+        if expert != 1 or context != 1:
+            raise InputError(f"expert_ranks is {expert} and context_ranks {context}; expected 1 without torchrun")
+        yield None
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(expert, context, device)
+    except NanoglmError as error:
+        if dist.get_rank() == 0:
+            print(f"nanoglm: {error}", file=sys.stderr)
+        leave(2)
+    leave()
+
+
+def leave(code: int = 0) -> NoReturn:
+    """Ends this process, once every rank has come here, with this exit code and all output written.
 
     Not through the interpreter's own end. DTensor's caches hold meshes, and meshes their process groups, whatever
     ``destroy_process_group`` and ``gc.collect`` do; so gloo's threads are still there when the interpreter finalises.
@@ -120,7 +162,7 @@ def leave() -> NoReturn:
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def parallelise(model: GLM, ranks: Ranks) -> GLM:
@@ -157,6 +199,20 @@ def reshard(model: GLM) -> None:
     """Behind the last backward of a step, before the optimisers: lets go of what other ranks keep."""
     for module in _sharded(model):
         module.reshard()
+
+
+def gathered(model: GLM, ranks: Ranks) -> GLM | None:
+    """The model whole, on the CPU of the first rank; None on the others. Called by all."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if ranks.first:
+            tensors[name] = value.cpu()
+    if not ranks.first:
+        return None
+    whole = GLM(model.config)
+    whole.load_state_dict(tensors)
+    return whole
 
 
 def _sharded(model: GLM) -> list[FSDPModule]:

@@ -23,6 +23,7 @@ from nanoglm.model import GLM
 from nanoglm.train.checkpoint import NUMBERS, kept_recipe
 from nanoglm.train.data import END_OF_TEXT, Source, Tokens, Windows
 from nanoglm.train.fit import fit
+from nanoglm.train.parallel import Ranks, gathered, parallelise
 from nanoglm.train.recipe import Recipe
 from nanoglm.train.sft import Conversations, Document, samples
 from nanoglm.train.sft import conversations as read_conversations
@@ -132,6 +133,7 @@ def run(
     save_every: int = 500,
     validate_every: int = 200,
     tensorboard: bool = False,
+    ranks: Ranks | None = None,
 ) -> None:
     """Trains a recipe and writes checkpoint directory, log and shared indexers into ``out``.
 
@@ -142,10 +144,12 @@ def run(
         device: auto takes CUDA (or ROCm) where it is.
         budget: bytes of memory to stay within, see :mod:`fit`; a resumed run keeps what was measured when it began.
         resume: go on with the run that ``out`` holds.
+        ranks: the processes that share the run; ``out`` is on a file system that all of them see. They write no text
+            when they validate and no shared indexers at the end.
 
     Raises:
         InputError: the preset's vocabulary is not the byte tokenizer's, a stage's data is missing or too short, ``out``
-            is not empty or, to resume, holds no run or that of another recipe.
+            is not empty or, to resume, holds no run or that of another recipe; a budget for several processes.
     """
     sources = data.sources(recipe.seed)
     for stage in recipe.stages:  # found now, not when the last stage begins
@@ -157,34 +161,52 @@ def run(
                 f"{stage.name}"
             )
     training = out / TRAINING
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
-    if resume and not (training / NUMBERS).is_file():
-        raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
-    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(stderr=True, highlight=False)
+    if ranks is None:
+        _check(out, resume)
+    else:
+        ranks.first_does(lambda: _check(out, resume))
+    if ranks is not None and budget is not None:
+        raise InputError(f"fit is {budget / 1e9:g} GB; expected none on several processes, where nothing is measured")
+    where = where_of(device)
+    console = Console(stderr=True, highlight=False, quiet=ranks is not None and not ranks.first)
     model = init.module.train() if init else GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed)
     if budget is not None and resume:
         recipe = replace(recipe, pass_tokens=kept_recipe(training)["pass_tokens"])
     elif budget is not None:
         recipe = fit(recipe, model.config, budget, where, console.print)
-    model = model.to(where)
+    model = model.to(where) if ranks is None else parallelise(model.to(where), ranks)
     length = recipe.stages[0].length
     val = Validation(data.val, length, VALIDATION_TOKENS, recipe.mtp_depths) if data.val is not None else None
     val = val if val is not None and val.windows else None
     board = out / "tensorboard" if tensorboard else None
-    keep = Keep(out / LOG, 20, training, save_every, val, validate_every, _sampler(model, data.tokenizer), board)
-    train(model, sources, recipe, keep)
+    sampler = _sampler(model, data.tokenizer) if ranks is None else None
+    keep = Keep(out / LOG, 20, training, save_every, val, validate_every, sampler, board)
+    train(model, sources, recipe, keep, ranks)
     peak = torch.cuda.max_memory_allocated() / 1e9 if where != "cpu" else peak_memory()
     console.print(f"peak memory {peak:.2f} GB" if peak else "peak memory unknown")
-    Model(model, data.tokenizer).save(out)
-    extra = {} if data.text is None else shared_indexers(model, data.text, recipe)
+    whole = model if ranks is None else gathered(model, ranks)
+    if whole is None:
+        return
+    Model(whole, data.tokenizer).save(out)
+    extra = {} if data.text is None or ranks is not None else shared_indexers(model, data.text, recipe)
     if extra:
         partial = out / f".{SHARED_INDEXERS}"
         save_file(extra, partial, metadata={"format": "pt"})
         partial.chmod((out / "config.json").stat().st_mode)  # safetensors writes 0600
         os.replace(partial, out / SHARED_INDEXERS)
     shutil.rmtree(training)
+
+
+def where_of(device: str) -> str:
+    """The device that ``auto`` stands for."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check(out: Path, resume: bool) -> None:
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
+    if resume and not (out / TRAINING / NUMBERS).is_file():
+        raise InputError(f"out {out} holds no unfinished run; expected {TRAINING}/{NUMBERS} in it")
 
 
 def _sampler(model: GLM, tokenizer: Tokenizer) -> Callable[[], str]:

@@ -90,15 +90,14 @@ def train(
         data: a text, or by the stages' ``data`` where their samples come from.
         keep: log, checkpoint and validation. If the checkpoint holds this run already, the run goes on from there, bit
             by bit as if it had not stopped (on the same machine with as many threads).
-        ranks: the processes that share the run; the model is parallelised already.
+        ranks: the processes that share the run; the model is parallelised already. All of them validate, the first
+            alone logs. How many there are may change when a run goes on.
 
     Raises:
-        InputError, CheckpointError: the checkpoint cannot be written, is of another run, or is asked of several ranks.
+        InputError, CheckpointError: the checkpoint cannot be written or is of another run.
     """
     if ranks is not None and recipe.dtype != "float32":
         raise InputError(f"dtype is {recipe.dtype}; expected float32 on several processes")
-    if ranks is not None and keep is not None and keep.checkpoint is not None:
-        raise InputError(f"checkpoint is {keep.checkpoint}; expected none, several processes cannot keep a run yet")
     sources = {"text": Windows(data, recipe.seed)} if isinstance(data, Tokens) else data
     run = _Run(model, sources, recipe, keep or Keep(), ranks)
     run.resume()
@@ -125,7 +124,7 @@ class _Run:
         self.speaks = self.ranks is None or self.ranks.first
         self.console = Console(stderr=True, highlight=False, quiet=self.keep.quiet or not self.speaks)
         self.device = self.model.lm_head.weight.device
-        self.board = _board(self.keep.board) if self.keep.board is not None else None
+        self.board = _board(self.keep.board) if self.keep.board is not None and self.speaks else None
 
     def resume(self) -> None:
         """Goes on from the checkpoint, or begins it: an unwritable directory is found now, not after an hour."""
@@ -134,9 +133,10 @@ class _Run:
             self.progress = restore(directory, self.model, self.movers, self.recipe)
             for name, state in self.progress.sources.items():
                 self.sources[name].load_state_dict(state)
-            _forget(self.keep.log, self.progress.step)
+            if self.speaks:
+                _forget(self.keep.log, self.progress.step)
         elif directory is not None:
-            write(directory, self.model, self.movers, self.progress, self.recipe)
+            write(directory, self.model, self.movers, self.progress, self.recipe, self.ranks)
         self.began = time.perf_counter() - self.progress.seconds
 
     def step(self) -> None:
@@ -159,11 +159,13 @@ class _Run:
             self.tell({"step": number, "stage": stage.name} | {k: round(float(v), 4) for k, v in means.items()})
         if keep.validation is not None and (self.progress.step % keep.validate_every == 0 or last):
             self.validated = keep.validation.run(self.model, stage.attention)
+            if self.ranks is not None:
+                reshard(self.model)
             self.tell({"step": number, "stage": stage.name} | self.validated)
             if keep.sample is not None:
                 self.console.print(f"  {keep.sample()!r}", markup=False, style="dim")
         if keep.checkpoint is not None and (self.progress.step % keep.save_every == 0 or last):
-            write(keep.checkpoint, self.model, self.movers, self.progress, recipe)
+            write(keep.checkpoint, self.model, self.movers, self.progress, recipe, self.ranks)
 
     def move(self, number: int, sample: Sample) -> dict[str, Tensor]:
         """Gradients, clipping, the optimisers' step and the routers' balance; returns the mean losses."""

@@ -1,6 +1,15 @@
 """Checkpoints in and out."""
 
 from nanoglm.weights.hf import SHARED_INDEXERS, Checkpoint, Report, checkpoint_tensors, materialise
-from nanoglm.weights.write import save
+from nanoglm.weights.write import replacing, save, write_config
 
-__all__ = ["SHARED_INDEXERS", "Checkpoint", "Report", "checkpoint_tensors", "materialise", "save"]
+__all__ = [
+    "SHARED_INDEXERS",
+    "Checkpoint",
+    "Report",
+    "checkpoint_tensors",
+    "materialise",
+    "replacing",
+    "save",
+    "write_config",
+]
