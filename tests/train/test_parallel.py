@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import spawn
 
+from nanoglm.cli import main
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
@@ -223,3 +226,21 @@ def test_a_pipeline_stage_begins_with_a_full_layer() -> None:
         check_pipeline(pattern, (13, *[13] * 5))
     with pytest.raises(InputError, match="stages have 14, 8 layers; expected 78 together"):
         check_pipeline(pattern, (14, 8))
+
+
+# ------------------------------------------------------------------------------- the page
+def test_launch_lines_of_the_page_are_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line's options exist, and ranks share nothing where there is no torchrun."""
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("nanoglm.train.run.corpus", lambda *_: None)
+    monkeypatch.setattr("nanoglm.train.run.run", lambda *_, **options: called.append((*shared, options["ranks"])))
+    monkeypatch.setattr("nanoglm.train.parallel.launched", lambda e, c, _: nullcontext(shared.extend((e, c))))
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    lines = re.findall(r"`([^`|]*(?:nanoglm|nanoglm\.cli) train [^`]*)`", page)
+    assert len(lines) == 5
+    for line in lines:
+        shared: list[Any] = []
+        before, arguments = line.split(" train ")
+        main(["train", *arguments.replace("...", "--text a --out b").split()])
+        assert ("torchrun" in before) or called[-1][:2] == (1, 1)
+    assert len(called) == 5
