@@ -97,15 +97,15 @@ class Part(Sample):
     @cached_property
     def batch(self) -> Batch:
         """As in decoding: the sequences go up to this rank's last rows; the table leads to the rows gathered."""
-        whole, context, device = self.whole.batch, self.context, self.ids.device
-        table = torch.zeros_like(whole.table)
+        whole, context = self.whole.batch, self.context
+        table = torch.zeros(whole.table.shape, dtype=whole.table.dtype)
         for rank in range(context.size):
             at = rank * self.most
             for b, (begin, end) in enumerate(context.span(n, rank) for n in self.whole.counts):
-                table[b, begin:end] = torch.arange(at, at := at + end - begin, dtype=table.dtype, device=device)
+                table[b, begin:end] = torch.arange(at, at := at + end - begin, dtype=table.dtype)
         return replace(
             whole, borders=(0, *accumulate(self.counts)), lengths=tuple(context.span(n)[1] for n in self.whole.counts),
-            positions=whole.positions[self.rows], requests=whole.requests[self.rows], table=table,
+            positions=whole.positions[self.rows], requests=whole.requests[self.rows], table=table.to(self.ids.device),
         )  # fmt: skip
 
     def split(self, tokens: int | None) -> list[Sample]:

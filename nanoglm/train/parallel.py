@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -132,7 +133,7 @@ def launched(expert: int = 1, context: int = 1, device: str = "cpu") -> Iterator
 
     Raises:
         InputError: ranks are to share something, and there is one process. Under torchrun what all ranks meet within
-            the block is told by the first alone.
+            the block is told once.
     """
     if not dist.is_torchelastic_launched():
         if expert != 1 or context != 1:
@@ -145,21 +146,23 @@ def launched(expert: int = 1, context: int = 1, device: str = "cpu") -> Iterator
     try:
         yield Ranks(expert, context, device)
     except NanoglmError as error:
-        if dist.get_rank() == 0:
-            print(f"nanoglm: {error}", file=sys.stderr)
+        if dist.get_rank() > 0:
+            time.sleep(5)  # the first says what all met, and torchrun ends the others with it; what one met, one says
+        print(f"nanoglm: {error}", file=sys.stderr)
         leave(2)
     leave()
 
 
 def leave(code: int = 0) -> NoReturn:
-    """Ends this process, once every rank has come here, with this exit code and all output written.
+    """Ends this process with an exit code and all output written; if that is 0, once every rank has come here.
 
     Not through the interpreter's own end. DTensor's caches hold meshes, and meshes their process groups, whatever
     ``destroy_process_group`` and ``gc.collect`` do; so gloo's threads are still there when the interpreter finalises.
     One that lets go of a tensor then asks for the GIL, is ended for it and takes the process down (SIGABRT).
     """
-    dist.barrier()
-    dist.destroy_process_group()
+    if code == 0:
+        dist.barrier()
+        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

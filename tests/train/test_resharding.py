@@ -40,7 +40,7 @@ def build(dtype: torch.dtype = torch.float64) -> GLM:
 def go(
     folder: Path | None, ranks: Ranks | None = None, stop: int | None = None, dtype=torch.float64
 ) -> dict[str, Tensor]:
-    """Trains, up to a step, with a checkpoint after each; what it ends with, whole."""
+    """Trains, up to a step, and keeps the run there; what it ends with, whole."""
     model = build(dtype) if ranks is None else parallelise(build(dtype), ranks)
     real = trainer.backward
 
@@ -52,7 +52,7 @@ def go(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "backward", limited)
         try:
-            train(model, TEXT, RECIPE, Keep(checkpoint=folder, save_every=1, quiet=True), ranks)
+            train(model, TEXT, RECIPE, Keep(checkpoint=folder, save_every=stop or 99, quiet=True), ranks)
         except RuntimeError as error:
             assert str(error) == "stopped"
     state = model.state_dict()
