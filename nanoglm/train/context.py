@@ -27,6 +27,10 @@ from nanoglm.model import BatchStore
 from nanoglm.ops import Batch
 from nanoglm.train.data import Sample
 
+# torch 2.13 gave these two new names and warns of the old ones.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Context:
     """The ranks that share sequences.
@@ -147,11 +151,11 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         whole = x.new_empty(group.size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+        _all_gather(whole, x.contiguous(), group=group)
         return whole
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mine = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad.contiguous(), group=ctx.group)
+        _reduce_scatter(mine, grad.contiguous(), group=ctx.group)
         return mine, None

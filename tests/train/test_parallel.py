@@ -174,6 +174,8 @@ def test_sequences_of_unlike_lengths(name: str, two: dict[str, Found]) -> None:
 )
 def test_twenty_steps(world: int, layout: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
     recipe = replace(RECIPE, steps=20)
+    if dtype is torch.float32:  # at the full rate a rounding soon moves a choice of experts or keys, and all behind it
+        recipe = replace(recipe, rate=3e-4, indexer_rate=3e-4)
     many = together(world, {"": (layout, recipe, False)}, dtype, tmp_path)[""]
     losses, parameters = check(alone(recipe, dtype), many, layout, world)
     print(f"{world} processes, (expert, context) {layout}, {dtype}: losses {losses:.1e}, parameters {parameters:.1e}")
