@@ -5,7 +5,7 @@ Shape legend: B sequences, L length, T = B * L rows, H heads, J indexer heads, A
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from nanoglm import ops
 from nanoglm.model import GLM, Output
 from nanoglm.model.indexer import IndexerInputs
 from nanoglm.train.data import IGNORE, Sample
+from nanoglm.train.recipe import Drafts
 
 CHUNK_ELEMENTS = 1 << 24  # of scores held at once
 
@@ -34,7 +35,7 @@ def drafts(model: GLM, output: Output, sample: Sample, depths: int) -> Iterator[
     """
     hidden, selection = output.hidden, None
     for depth in range(depths):
-        following = _ahead(sample, sample.ids, 1 + depth, 0)
+        following = ahead(sample, sample.ids, 1 + depth, 0)
         hidden, selection = model.draft(following, hidden, output.step, depth=depth, selection=selection)
         yield hidden
 
@@ -42,11 +43,11 @@ def drafts(model: GLM, output: Output, sample: Sample, depths: int) -> Iterator[
 def draft_targets(sample: Sample, depths: int) -> Tensor:
     """What row t of each depth j is to predict, int64 [depths, T]: token t + 2 + j, which is -100 if that is not learnt
     or lies, as may token t + 1 + j, which is read, in another sequence."""
-    rows = [_ahead(sample, sample.targets, 1 + depth, IGNORE) for depth in range(depths)]
+    rows = [ahead(sample, sample.targets, 1 + depth, IGNORE) for depth in range(depths)]
     return torch.stack(rows) if rows else sample.targets.new_empty(0, len(sample.targets))
 
 
-def _ahead(sample: Sample, values_T: Tensor, by: int, beyond: int) -> Tensor:
+def ahead(sample: Sample, values_T: Tensor, by: int, beyond: int) -> Tensor:
     """Of each row what stands ``by`` rows on in its sequence, [T]."""
     later, inside = sample.later(values_T, by)
     return later.where(inside, beyond)
@@ -80,6 +81,42 @@ def total_variation(model: GLM, output: Output, sample: Sample, depths: int) -> 
     return (1 - total / depths).sum(), len(rows)
 
 
+def rejection(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[Tensor, int]:
+    """Next-token loss of drafts as they are rolled out: each weighs as often as decoding comes to it.
+
+    A draft y from q is accepted with probability min(1, p(y) / q(y)); if not, verification samples from the positive
+    part of p - q, and nothing is drafted behind (architecture spec 3.2). What stands is from p either way, and was the
+    draft with probability min(1, q(x) / p(x)). So a text that the main model could have said is such a roll-out seen
+    from its end: depth j reads drafts that were all accepted with the product of these ratios over the depths before
+    it, which is its weight (detached). Over all texts from p that is the expected loss along drafts that are sampled,
+    verified and read on, without a draw or a pass of the main model over them. Only rows whose earlier drafts are learnt
+    too count, each as one.
+    """
+    targets = draft_targets(sample, depths)
+    with torch.no_grad():
+        p_T = -_nats(model, output.hidden, sample.targets.clamp(min=0))
+    reached = torch.ones_like(p_T)
+    learnt = targets.new_ones(len(p_T), dtype=torch.bool)
+    total, count = p_T.new_zeros(()), 0
+    for depth, (hidden, target) in enumerate(zip(drafts(model, output, sample, depths), targets, strict=True)):
+        learnt &= target >= 0
+        rows = learnt.nonzero().squeeze(-1)
+        loss = _nats(model, hidden[rows], target[rows])
+        total, count = total + (reached[rows] * loss).sum(), count + len(rows)
+        reached[rows] *= (-loss.detach() - p_T[rows + 1 + depth]).exp().clamp(max=1)
+    return total, count
+
+
+def _nats(model: GLM, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+    """-log of the probability of each target, [T]."""
+    return F.cross_entropy(ops.wide(model.logits(hidden_TD)), targets_T, reduction="none")
+
+
+DRAFTS: dict[Drafts, Callable[[GLM, Output, Sample, int], tuple[Tensor, int]]] = {
+    "likelihood": mtp, "rejection": rejection, "total_variation": total_variation,
+}  # fmt: skip
+
+
 def balance(scores_TE: Tensor, ids_Tk: Tensor, sample: Sample) -> tuple[Tensor, int]:
     """How unevenly each sequence visits its experts, 1 where evenly (DeepSeek-V3 2.1.2: sum_i f_i P_i, f_i expert i's
     share of the choices times E, P_i its mean share of the scores). A sequence counts as often as it has tokens."""
@@ -94,15 +131,19 @@ def balance(scores_TE: Tensor, ids_Tk: Tensor, sample: Sample) -> tuple[Tensor, 
     return (frequent_BE * mean_BE).sum(), len(ids_Tk)  # mean_BE still has the length in it, which is the weight
 
 
-def counts(sample: Sample, depths: int, accepts: bool = False) -> dict[str, int]:
+def counts(sample: Sample, depths: int, drafts: Drafts = "likelihood") -> dict[str, int]:
     """How much each loss will count, known before it is computed, so that parts of a step add exactly.
 
     Args:
-        accepts: of MTP, for :func:`total_variation` rather than :func:`mtp`.
+        drafts: what MTP learns, a key of ``DRAFTS``.
     """
     learnt = draft_targets(sample, depths) >= 0
+    if drafts == "rejection":
+        learnt = learnt.cumprod(0)
+    elif drafts == "total_variation":
+        learnt = learnt.all(0)
     return {
-        "loss": int((sample.targets >= 0).sum()), "mtp": int((learnt.all(0) if accepts else learnt).sum()),
+        "loss": int((sample.targets >= 0).sum()), "mtp": int(learnt.sum()),
         "kl": len(sample.ids), "balance": len(sample.ids),
     }  # fmt: skip
 

@@ -76,7 +76,7 @@ def _still(mean: Tensor, graph: bool) -> Tensor:
 
 def _counts(parts: list[Sample], recipe: Recipe, step: int, total: Total) -> dict[str, int]:
     """Of each term over the whole step; at least 1, so that a step without a target divides by something."""
-    each = [losses.counts(part, recipe.mtp_depths, recipe.accepts(step)) for part in parts]
+    each = [losses.counts(part, recipe.mtp_depths, recipe.drafts(step)) for part in parts]
     names = list(each[0])
     sums = total(torch.tensor([sum(count[name] for count in each) for name in names]))
     return {name: max(1, int(n)) for name, n in zip(names, sums, strict=True)}
@@ -90,8 +90,7 @@ def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[s
     output = model(sample.ids, sample.batch, sample.store(), attention=stage.attention, tape=tape)
     found = {"loss": losses.cross_entropy(model, output.hidden, sample.targets)}
     if model.config.num_nextn_predict_layers:
-        drafting = losses.total_variation if recipe.accepts(step) else losses.mtp
-        found["mtp"] = drafting(model, output, sample, recipe.mtp_depths)
+        found["mtp"] = losses.DRAFTS[recipe.drafts(step)](model, output, sample, recipe.mtp_depths)
     if stage.backbone and tape.experts and recipe.balance_weight:
         found["balance"] = balance_loss(tape, sample)
     if index:

@@ -12,6 +12,7 @@ from nanoglm.errors import InputError
 from nanoglm.model import Attention
 
 Data = Literal["text", "conversations"]
+Drafts = Literal["likelihood", "rejection", "total_variation"]  # what MTP learns, see losses.DRAFTS
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Recipe:
     balance_weight: float = 1e-4  # of the loss that evens experts within a sequence
     late: float = 0.65  # from here on the bias rests and MTP weighs ``late_mtp_weight``
     late_mtp_weight: float = 0.1
-    late_drafts: Literal["likelihood", "total_variation"] = "likelihood"  # what MTP learns from there on
+    late_drafts: Drafts = "likelihood"  # what MTP learns from there on
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -131,9 +132,9 @@ class Recipe:
         """Whether balance rests and MTP weighs less."""
         return step / self.steps >= self.late
 
-    def accepts(self, step: int) -> bool:
-        """Whether MTP learns to be accepted (total variation) rather than to be likely."""
-        return self.late_drafts == "total_variation" and self.is_late(step) and self.stage(step).backbone
+    def drafts(self, step: int) -> Drafts:
+        """What MTP learns at this step: to be likely or, late, what the recipe says."""
+        return self.late_drafts if self.is_late(step) and self.stage(step).backbone else "likelihood"
 
     def rates(self, step: int) -> tuple[float, float]:
         """(backbone, indexers): ``warmup`` steps up, cosine to ``floor``; where the backbone rests, it pauses."""

@@ -418,6 +418,7 @@ def test_packed_sequences_are_as_if_alone(model: GLM) -> None:
         values = {
             "mtp": losses.mtp(model, output, part, 2),
             "tv": losses.total_variation(model, output, part, 2),
+            "rejection": losses.rejection(model, output, part, 2),
             "kl": indexer_loss(model, tape, part, sparse=True),
             "balance": losses.balance(tape.scores[2], tape.experts[2], part),
         }

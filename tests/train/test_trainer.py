@@ -23,7 +23,7 @@ from nanoglm.model import GLM, Attention, BatchStore, Tape
 from nanoglm.train import data, losses, objective
 from nanoglm.train.data import Sample, Tokens, Windows
 from nanoglm.train.objective import backward, balance
-from nanoglm.train.recipe import Recipe, dense, indexer_warmup, long, sparse
+from nanoglm.train.recipe import Drafts, Recipe, dense, indexer_warmup, long, sparse
 from nanoglm.train.run import Corpus, corpus, read_text, run
 from nanoglm.train.trainer import Keep, optimizers, shared_indexers, train
 from nanoglm.weights import SHARED_INDEXERS, Checkpoint
@@ -205,6 +205,10 @@ def test_late_drafts_learn_what_verification_accepts() -> None:
     assert 0 < float(backward(model, sample, late, 0).means["mtp"]) < 1  # a share, no longer nats
     early = always("dense", late=1.0, late_drafts="total_variation")
     assert float(backward(model, sample, early, 0).means["mtp"]) > 4
+    likely = always("dense", late=0.0)
+    reached = replace(likely, late_drafts="rejection")  # as likely, but for the second depth, which weighs less
+    means = [float(backward(model, sample, recipe, 0).means["mtp"]) for recipe in (likely, reached)]
+    assert 0.5 * means[0] < means[1] < means[0]
 
 
 def test_indexers_rest_between_their_steps_of_the_sparse_stage() -> None:
@@ -261,10 +265,13 @@ def test_the_objective_is_its_terms_weighted(step: int, weight: float) -> None:
     torch.testing.assert_close(gradients[0] - gradients[1], weight * share, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", ALWAYS)
-def test_parts_of_a_step_add_exactly(stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "drafts"),
+    [*((stage, "likelihood") for stage in ALWAYS), ("sparse", "rejection"), ("sparse", "total_variation")],
+)
+def test_parts_of_a_step_add_exactly(stage: str, drafts: Drafts) -> None:
     """Accumulated over sequences of unlike lengths, with tokens that are not learnt: the gradients of the whole."""
-    recipe = always(stage, balance_weight=0.1)
+    recipe = always(stage, balance_weight=0.1, late=0.0, late_drafts=drafts)
     ids = torch.from_numpy(BYTES[:97].astype(np.int64))
     targets = ids[1:].clone()
     targets[torch.tensor([3, 4, 5, 40, 60, 61])] = data.IGNORE
@@ -291,12 +298,15 @@ def test_counts_are_foretold(depths: int) -> None:
     targets[torch.tensor([3, 4, 5, 40])] = data.IGNORE
     sample = Sample(ids[:-1], targets, (17, 1, 30, 16))
     recipe = replace(QUICK, stages=(sparse(1.0, 32, 1),), mtp_depths=depths, balance_weight=0.1, late=0.5)
-    tv, model = replace(recipe, late_drafts="total_variation"), build()
-    for step in (0, 3):
-        expected = losses.counts(sample, depths, accepts=step == 3)
-        found = objective.terms(model, sample, tv, step)[0]
-        assert {name: count for name, (_, count) in found.items()} == expected
-    assert losses.counts(sample, depths)["mtp"] != expected["mtp"] or depths == 1
+    model, mtp = build(), dict[str, int]()
+    for drafts in losses.DRAFTS:
+        late = replace(recipe, late_drafts=drafts)
+        for step in (0, 3):
+            expected = losses.counts(sample, depths, drafts if step == 3 else "likelihood")
+            found = objective.terms(model, sample, late, step)[0]
+            assert {name: count for name, (_, count) in found.items()} == expected
+        mtp[drafts] = expected["mtp"]
+    assert len(set(mtp.values())) == (3 if depths > 1 else 1)
 
 
 def test_gradients_of_an_objective_are_those_of_finite_steps() -> None:
