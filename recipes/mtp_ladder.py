@@ -4,7 +4,8 @@ python recipes/mtp_ladder.py --text NOVELS --out runs/mtp_ladder
 
 Of each seed one backbone is trained, with its MTP layer at depth 1. From there each rung trains that layer alone, the
 backbone and all indexers rest, for equal steps on equal data. Then drafts are counted as decoding goes, behind prompts
-of unseen text. ``runs.jsonl`` holds a line for each rung of a seed; what is there already is not done again.
+of unseen text; where each depth was trained with keys of its own, with and without. ``runs.jsonl`` holds each run; what
+is there already is not done again. At the end there is a table for each way to draft and verify.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BACKBONE = Recipe(
     "nano", depth=4, steps=500, tokens=1024, warmup=20, optimizer="muon", rate=8e-3, mtp_depths=1,
     stages=(dense(0.7, 256), indexer_warmup(0.1, 256), sparse(0.2, 256, indexer_every=2)),
 )  # fmt: skip
-LADDER = replace(BACKBONE, steps=250, rate=4e-3, stages=(sparse(1.0, 256),))  # of the MTP layer alone
+LADDER = replace(BACKBONE, steps=200, rate=4e-3, stages=(sparse(1.0, 256),))  # of the MTP layer alone
 
 Loss = Callable[[GLM, Output, Sample, int], tuple[Tensor, int]]
 
@@ -55,16 +56,11 @@ def own_keys(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[T
 
 @dataclass(frozen=True)
 class Rung:
-    """What the layer learns, how deep, from which share of the steps on, and whether later drafts share keys.
-
-    Before that share it learns what the rung below does.
-    """
+    """What the layer learns, over how many depths, and whether later drafts share keys and Selection of the first."""
 
     loss: Loss
     depths: int = DRAFTS
     share: bool = True
-    below: Loss | None = None
-    late: float = 0.0
 
 
 RUNGS = {
@@ -100,8 +96,7 @@ def climb(model: GLM, rung: Rung, data: Corpus, recipe: Recipe) -> float:
         sample = source.take(256, recipe.tokens // 256)
         with torch.no_grad():
             output = model(sample.ids, sample.batch, BatchStore(), attention="masked")
-        early = rung.below is not None and step < rung.late * recipe.steps
-        total, count = (rung.below if early and rung.below else rung.loss)(model, output, sample, rung.depths)
+        total, count = rung.loss(model, output, sample, rung.depths)
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         for mover in movers:
@@ -133,14 +128,14 @@ def table(done: list[dict[str, Any]], way: str) -> list[str]:
     heads = [f"{n} drafts" for n in range(3, DRAFTS + 1)]
     lines = ["| rung | " + " | ".join([*heads, f"gain at {DRAFTS}"]) + " |", "| --- |" + " ---: |" * (len(heads) + 1)]
     by = {(run["rung"], run["share"], run["seed"]): run["accepted"][way] for run in done}
-    base = next(iter(RUNGS.items()))
+    base = next((name, rung.share) for name, rung in RUNGS.items())
     for name, share in dict.fromkeys((run["rung"], run["share"]) for run in done):
         runs = {seed: accepted for (n, s, seed), accepted in by.items() if (n, s) == (name, share)}
         cells = [_cell([tokens(a, n) for a in runs.values()]) for n in range(3, DRAFTS + 1)]
         gains = [
-            100 * (tokens(a, DRAFTS) / tokens(by[base[0], base[1].share, seed], DRAFTS) - 1)
+            100 * (tokens(a, DRAFTS) / tokens(by[*base, seed], DRAFTS) - 1)
             for seed, a in runs.items()
-            if (base[0], base[1].share, seed) in by
+            if (*base, seed) in by
         ]
         label = name if share == RUNGS[name].share else f"{name}, decoded {'shared' if share else 'with own keys'}"
         lines.append(f"| {label} | " + " | ".join([*cells, _cell(gains, 1) + " %" if gains else ""]) + " |")
@@ -184,13 +179,13 @@ def main(
             rung, model, began = RUNGS[name], backbone(seed, data, out, backbone_steps), time.perf_counter()
             loss = climb(model, rung, data, replace(LADDER, steps=steps, seed=seed))
             seconds = round(time.perf_counter() - began, 1)
-            for share in {rung.share, True}:  # what was trained with own keys is decoded both ways
-                accepted = measure(model, data, share, prompts)
-                run = {"rung": name, "share": share, "seed": seed, **size, "seconds": seconds, "loss": round(loss, 4)}
-                done.append(run | {"accepted": accepted})
-                with file.open("a") as f:
-                    f.write(json.dumps(done[-1]) + "\n")
-                print(name, share, seed, seconds, {w: round(tokens(a, DRAFTS), 3) for w, a in accepted.items()}, flush=True)
+            both = {share: measure(model, data, share, prompts) for share in sorted({rung.share, True})}
+            about = {"rung": name, "seed": seed, **size, "seconds": seconds, "loss": round(loss, 4)}
+            new = [{**about, "share": share, "accepted": accepted} for share, accepted in both.items()]
+            done += new
+            with file.open("a") as f:
+                f.write("".join(json.dumps(run) + "\n" for run in new))
+            print(name, seed, seconds, [round(tokens(a["rejection sampling"], DRAFTS), 3) for a in both.values()])
     for way in WAYS:
         print(f"\n{way}, tokens a verification\n\n" + "\n".join(table(done, way)))
     if report is not None:

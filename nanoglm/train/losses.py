@@ -89,8 +89,8 @@ def rejection(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[
     draft with probability min(1, q(x) / p(x)). So a text that the main model could have said is such a roll-out seen
     from its end: depth j reads drafts that were all accepted with the product of these ratios over the depths before
     it, which is its weight (detached). Over all texts from p that is the expected loss along drafts that are sampled,
-    verified and read on, without a draw or a pass of the main model over them. Only rows whose earlier drafts are learnt
-    too count, each as one.
+    verified and read on, without a draw or a pass of the main model over them. Of rows those count, each as one, whose
+    earlier drafts are learnt too.
     """
     targets = draft_targets(sample, depths)
     with torch.no_grad():

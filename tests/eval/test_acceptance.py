@@ -55,9 +55,9 @@ def test_decoding_drafts_what_training_rolls_out() -> None:
         q = model.logits(hidden).softmax(-1).unflatten(0, texts.shape)
         torch.testing.assert_close(found[depth][1], q[:, LENGTH - 1], rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(found[depth][0], p[:, LENGTH + depth], rtol=1e-5, atol=1e-9)
-    alone = Sample(sample.ids, sample.targets.where(torch.arange(len(sample.ids)) % (LENGTH + DRAFTS + 1) >= LENGTH, -100),
-                   sample.counts)  # fmt: skip
-    lost, count = losses.total_variation(model, output, alone, DRAFTS)
+    targets = sample.targets.unflatten(0, texts.shape).clone()
+    targets[:, :LENGTH] = targets[:, LENGTH + DRAFTS :] = losses.IGNORE  # the drafts behind the prompts alone
+    lost, count = losses.total_variation(model, output, Sample(sample.ids, targets.flatten(), sample.counts), DRAFTS)
     assert count == 3
     assert float(lost) == pytest.approx(float((1 - chains.mean(1)).sum()), rel=1e-6)
 
@@ -105,7 +105,7 @@ def test_greedy_is_what_speculative_decoding_accepts() -> None:
 def test_rejection_sampling_accepts_as_often_as_its_coins() -> None:
     """Seven tokens, two drafts: the chains' mean is the frequency with which draws from q survive min(1, p / q)."""
     v = 7
-    model, (ids,) = build(2, vocab_size=v, initializer_range=0.25), prompts(1, v)
+    model, (ids,) = build(5, vocab_size=v, initializer_range=0.25), prompts(1, v)
     tables = []
     for x in range(v):
         found, verify = kept(torch.tensor([[x, 0]]))
@@ -121,9 +121,9 @@ def test_rejection_sampling_accepts_as_often_as_its_coins() -> None:
     ratio = torch.stack([a / b for a, b in behind])[first, second]
     both = passed & (torch.rand(draws, generator=coins) < ratio)
     way = rejection_sampling(torch.Generator().manual_seed(1))
-    chains = reached(model, ids.expand(4000, -1), 2, [way])[0]
+    chains = reached(model, ids.expand(800, -1), 2, [way])[0]
     for found, coin in zip(chains.mean(0).tolist(), (passed, both), strict=True):
-        assert found == pytest.approx(coin.double().mean().item(), abs=0.012)  # five standard errors at most
+        assert found == pytest.approx(coin.double().mean().item(), abs=0.017)  # five standard errors at most
     naive = float((torch.minimum(p, q).sum() * torch.stack([torch.minimum(*b).sum() for b in behind]) * q).sum())
     assert abs(naive - both.double().mean().item()) > 0.03  # reading on drafts that were not accepted is another number
 
