@@ -89,7 +89,7 @@ def climb(model: GLM, rung: Rung, data: Corpus, recipe: Recipe) -> float:
     """Trains the MTP layer of a rung in place; returns the mean of the last tenth's loss."""
     assert data.text is not None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(f"model.layers.{len(model.layers)}.") and ".indexer." not in name)
+        parameter.requires_grad_(name.startswith(f"model.layers.{len(model.layers)}."))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     source, movers, seen = Windows(data.text, recipe.seed + 1000), optimizers(model, recipe), list[float]()
     for step in range(recipe.steps):
