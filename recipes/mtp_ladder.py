@@ -23,6 +23,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanoglm.cache import PAGE, PagedCache
 from nanoglm.eval.acceptance import greedy, reached, rejection_sampling, target_only
 from nanoglm.model import GLM, BatchStore, Output
 from nanoglm.train import losses
@@ -33,6 +34,7 @@ from nanoglm.train.trainer import Keep, optimizers, train
 
 DRAFTS = 7  # in training and, at most, in decoding
 PROMPTS, LENGTH, EACH = 512, 120, 128  # of the measurement, and how many prompts at once
+TRAINED, BEGUN = 256, 32  # tokens of a window that is learnt; of what the model says, those that begin it
 WAYS = "greedy", "target only", "rejection sampling"
 BACKBONE = Recipe(
     "nano", depth=4, steps=500, tokens=1024, warmup=20, optimizer="muon", rate=8e-3, mtp_depths=1,
@@ -85,15 +87,42 @@ def backbone(seed: int, data: Corpus, out: Path, steps: int) -> GLM:
     return model
 
 
-def climb(model: GLM, rung: Rung, data: Corpus, recipe: Recipe) -> float:
+class Said:
+    """What the model itself says behind beginnings of the text, as a source of samples: each window is given once."""
+
+    @torch.no_grad()
+    def __init__(self, model: GLM, data: Corpus, recipe: Recipe) -> None:
+        assert data.text is not None
+        count, generator = recipe.steps * recipe.tokens // TRAINED, torch.Generator().manual_seed(recipe.seed)
+        begun = Windows(data.text, recipe.seed + 1000).take(BEGUN, count).ids.view(count, BEGUN)
+        self.windows = torch.cat([self.say(model, part, generator) for part in begun.split(EACH)])
+
+    @staticmethod
+    def say(model: GLM, ids_BL: Tensor, generator: torch.Generator) -> Tensor:
+        """``TRAINED`` + 1 tokens each, sampled at temperature 1."""
+        requests, length = ids_BL.shape
+        cache = PagedCache(model.config, requests * -(-TRAINED // PAGE))
+        opened, given = [cache.open() for _ in range(requests)], ids_BL
+        while ids_BL.shape[1] <= TRAINED:
+            batch = cache.extend(opened, [given.shape[1]] * requests)
+            hidden = model(given.flatten(), batch, cache, tail=[1] * requests).hidden
+            given = torch.multinomial(model.logits(hidden).softmax(-1), 1, generator=generator)
+            ids_BL = torch.cat([ids_BL, given], 1)
+        return ids_BL
+
+    def take(self, length: int, count: int) -> Sample:
+        taken, self.windows = self.windows.split([count, len(self.windows) - count])
+        return Sample.of(taken[:, : length + 1])
+
+
+def climb(model: GLM, rung: Rung, source: Windows | Said, recipe: Recipe) -> float:
     """Trains the MTP layer of a rung in place; returns the mean of the last tenth's loss."""
-    assert data.text is not None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(f"model.layers.{len(model.layers)}."))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    source, movers, seen = Windows(data.text, recipe.seed + 1000), optimizers(model, recipe), list[float]()
+    movers, seen = optimizers(model, recipe), list[float]()
     for step in range(recipe.steps):
-        sample = source.take(256, recipe.tokens // 256)
+        sample = source.take(TRAINED, recipe.tokens // TRAINED)
         with torch.no_grad():
             output = model(sample.ids, sample.batch, BatchStore(), attention="masked")
         total, count = rung.loss(model, output, sample, rung.depths)
@@ -155,6 +184,7 @@ def main(
     backbone_steps: int = BACKBONE.steps,
     steps: int = LADDER.steps,
     prompts: int = PROMPTS,
+    own: bool = False,
     report: Path | None = None,
 ) -> None:
     """Runs what ``out`` lacks, then prints a table for each way to draft and verify.
@@ -165,6 +195,7 @@ def main(
         seeds: Of each rung.
         rungs: Those to run.
         backbone_steps: Of a backbone. steps: Of a rung. prompts: Of the measurement.
+        own: Rungs learn from what the backbone itself says, not from the text. A folder holds runs of both.
         report: Where to write all runs as one JSON file.
     """
     data, file = corpus(text), out / "runs.jsonl"
@@ -174,20 +205,23 @@ def main(
     done = [run for run in map(json.loads, lines) if {name: run[name] for name in size} == size]
     for seed in range(seeds):
         for name in rungs:
-            if any((run["rung"], run["seed"]) == (name, seed) for run in done):
+            if any((run["rung"], run["seed"], run["own"]) == (name, seed, own) for run in done):
                 continue
             rung, model, began = RUNGS[name], backbone(seed, data, out, backbone_steps), time.perf_counter()
-            loss = climb(model, rung, data, replace(LADDER, steps=steps, seed=seed))
+            recipe = replace(LADDER, steps=steps, seed=seed)
+            assert data.text is not None
+            source = Said(model, data, recipe) if own else Windows(data.text, seed + 1000)
+            loss = climb(model, rung, source, recipe)
             seconds = round(time.perf_counter() - began, 1)
             both = {share: measure(model, data, share, prompts) for share in sorted({rung.share, True})}
-            about = {"rung": name, "seed": seed, **size, "seconds": seconds, "loss": round(loss, 4)}
+            about = {"rung": name, "seed": seed, "own": own, **size, "seconds": seconds, "loss": round(loss, 4)}
             new = [{**about, "share": share, "accepted": accepted} for share, accepted in both.items()]
             done += new
             with file.open("a") as f:
                 f.write("".join(json.dumps(run) + "\n" for run in new))
             print(name, seed, seconds, [round(tokens(a["rejection sampling"], DRAFTS), 3) for a in both.values()])
     for way in WAYS:
-        print(f"\n{way}, tokens a verification\n\n" + "\n".join(table(done, way)))
+        print(f"\n{way}, tokens a verification\n\n" + "\n".join(table([r for r in done if r["own"] == own], way)))
     if report is not None:
         report.write_text(json.dumps({"drafts": DRAFTS, "runs": done}, indent=1) + "\n")
 

@@ -14,7 +14,7 @@ from nanoglm.cli import main
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM, BatchStore
 from nanoglm.train import losses
-from nanoglm.train.data import Sample
+from nanoglm.train.data import Sample, Windows
 from nanoglm.train.recipe import Recipe, sparse
 from nanoglm.train.run import Corpus, config_of, corpus
 
@@ -89,7 +89,7 @@ def test_a_rung_trains_the_mtp_layer_alone(text: Corpus, name: str) -> None:
     model = GLM(GLMConfig.preset("tiny")).initialise(0)
     before = {n: value.clone() for n, value in model.state_dict().items()}
     recipe = Recipe("tiny", steps=2, tokens=256, warmup=1, optimizer="muon", stages=(sparse(1.0, 256),))
-    LADDER["climb"](model, LADDER["RUNGS"][name], text, recipe)
+    LADDER["climb"](model, LADDER["RUNGS"][name], Windows(text.text), recipe)
     moved = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
     layer = {n for n, _ in model.named_parameters() if n.startswith("model.layers.4.") and ".indexer." not in n}
     assert moved == layer
@@ -129,10 +129,30 @@ def test_the_ladder_table() -> None:
     assert lines[4].endswith("| 2.300 ± 0.100 | 15.0 ± 5.0 % |")
 
 
+@torch.no_grad()
+def test_what_the_model_says_is_sampled_from_it(text: Corpus) -> None:
+    """Each token is likely: of a sharp model nearly all are its first choice, which uniform draws are not."""
+    model = GLM(GLMConfig.preset("tiny").replace(initializer_range=0.15)).initialise(0)
+    model.lm_head.weight *= 20
+    said = LADDER["Said"](model, text, Recipe("tiny", steps=2, tokens=256, stages=(sparse(1.0, 256),)))
+    first, second = said.take(256, 1), said.take(256, 1)
+    assert text.text is not None
+    begun = Windows(text.text, 1000).take(32, 2).ids.view(2, 32)
+    for sample, beginning in zip((first, second), begun, strict=True):
+        assert torch.equal(sample.ids[:32], beginning)
+        hidden = model(sample.ids, sample.batch, BatchStore(), attention="masked").hidden
+        chosen = model.logits(hidden).argmax(-1) == sample.targets
+        assert chosen[31:].double().mean() > 0.7
+    assert len(said.windows) == 0
+
+
 @pytest.mark.slow
-def test_the_ladder_is_climbed_once(tmp_path: Path, text: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_the_ladder_is_climbed_once(
+    tmp_path: Path, text: Corpus, capsys: pytest.CaptureFixture[str], own: bool
+) -> None:
     rungs = ("depth 1", "+ TV loss")
-    arguments = (tmp_path / "t.txt", tmp_path / "out", 1, rungs, 4, 2, 3, tmp_path / "report.json")
+    arguments = (tmp_path / "t.txt", tmp_path / "out", 1, rungs, 4, 2, 3, own, tmp_path / "report.json")
     LADDER["main"](*arguments)
     first = capsys.readouterr().out
     runs = json.loads((tmp_path / "report.json").read_text())["runs"]
