@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -87,42 +88,34 @@ def backbone(seed: int, data: Corpus, out: Path, steps: int) -> GLM:
     return model
 
 
-class Said:
-    """What the model itself says behind beginnings of the text, as a source of samples: each window is given once."""
-
-    @torch.no_grad()
-    def __init__(self, model: GLM, data: Corpus, recipe: Recipe) -> None:
-        assert data.text is not None
-        count, generator = recipe.steps * recipe.tokens // TRAINED, torch.Generator().manual_seed(recipe.seed)
-        begun = Windows(data.text, recipe.seed + 1000).take(BEGUN, count).ids.view(count, BEGUN)
-        self.windows = torch.cat([self.say(model, part, generator) for part in begun.split(EACH)])
-
-    @staticmethod
-    def say(model: GLM, ids_BL: Tensor, generator: torch.Generator) -> Tensor:
-        """``TRAINED`` + 1 tokens each, sampled at temperature 1."""
-        requests, length = ids_BL.shape
+@torch.no_grad()
+def said(model: GLM, data: Corpus, recipe: Recipe) -> Tensor:
+    """What the model itself says behind beginnings of the text, a rung's windows of it: int64 [N, TRAINED + 1]."""
+    assert data.text is not None
+    count, generator = recipe.steps * recipe.tokens // TRAINED, torch.Generator().manual_seed(recipe.seed)
+    begun = Windows(data.text, recipe.seed + 1000).take(BEGUN, count).ids.view(count, BEGUN)
+    found = []
+    for ids_BL in begun.split(EACH):
+        requests, given = len(ids_BL), ids_BL
         cache = PagedCache(model.config, requests * -(-TRAINED // PAGE))
-        opened, given = [cache.open() for _ in range(requests)], ids_BL
+        opened = [cache.open() for _ in range(requests)]
         while ids_BL.shape[1] <= TRAINED:
             batch = cache.extend(opened, [given.shape[1]] * requests)
             hidden = model(given.flatten(), batch, cache, tail=[1] * requests).hidden
             given = torch.multinomial(model.logits(hidden).softmax(-1), 1, generator=generator)
             ids_BL = torch.cat([ids_BL, given], 1)
-        return ids_BL
-
-    def take(self, length: int, count: int) -> Sample:
-        taken, self.windows = self.windows.split([count, len(self.windows) - count])
-        return Sample.of(taken[:, : length + 1])
+        found.append(ids_BL)
+    return torch.cat(found)
 
 
-def climb(model: GLM, rung: Rung, source: Windows | Said, recipe: Recipe) -> float:
+def climb(model: GLM, rung: Rung, take: Callable[[], Sample], recipe: Recipe) -> float:
     """Trains the MTP layer of a rung in place; returns the mean of the last tenth's loss."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(f"model.layers.{len(model.layers)}."))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     movers, seen = optimizers(model, recipe), list[float]()
     for step in range(recipe.steps):
-        sample = source.take(TRAINED, recipe.tokens // TRAINED)
+        sample = take()
         with torch.no_grad():
             output = model(sample.ids, sample.batch, BatchStore(), attention="masked")
         total, count = rung.loss(model, output, sample, rung.depths)
@@ -199,19 +192,24 @@ def main(
         report: Where to write all runs as one JSON file.
     """
     data, file = corpus(text), out / "runs.jsonl"
+    assert data.text is not None
     out.mkdir(parents=True, exist_ok=True)
     size = {"backbone_steps": backbone_steps, "steps": steps, "prompts": prompts}
     lines = file.read_text().splitlines() if file.exists() else []
     done = [run for run in map(json.loads, lines) if {name: run[name] for name in size} == size]
     for seed in range(seeds):
+        spoken: Tensor | None = None
         for name in rungs:
             if any((run["rung"], run["seed"], run["own"]) == (name, seed, own) for run in done):
                 continue
             rung, model, began = RUNGS[name], backbone(seed, data, out, backbone_steps), time.perf_counter()
             recipe = replace(LADDER, steps=steps, seed=seed)
-            assert data.text is not None
-            source = Said(model, data, recipe) if own else Windows(data.text, seed + 1000)
-            loss = climb(model, rung, source, recipe)
+            count = recipe.tokens // TRAINED  # windows a step
+            if own:
+                spoken = said(model, data, recipe) if spoken is None else spoken
+                loss = climb(model, rung, map(Sample.of, spoken.split(count)).__next__, recipe)
+            else:
+                loss = climb(model, rung, partial(Windows(data.text, seed + 1000).take, TRAINED, count), recipe)
             seconds = round(time.perf_counter() - began, 1)
             both = {share: measure(model, data, share, prompts) for share in sorted({rung.share, True})}
             about = {"rung": name, "seed": seed, "own": own, **size, "seconds": seconds, "loss": round(loss, 4)}
