@@ -75,6 +75,7 @@ class GLM(nn.Module):
         routes: Mapping[int, Tensor] | None = None,
         tape: Tape | None = None,
         tail: Sequence[int] | None = None,
+        topk: int | None = None,
     ) -> Output:
         """Runs the decoder layers over one ragged batch.
 
@@ -88,6 +89,7 @@ class GLM(nn.Module):
             tape: collects what training losses need.
             tail: of how many of each request's last rows the hidden states are wanted (default: of all). The
                 last layer then writes every row's keys and works at those rows only; nothing else reads it.
+            topk: tokens that each row selects, if not the configuration's ``index_topk``.
 
         Raises:
             ValueError: an expanded form asked for on a paged batch, whose keys are not the batch's rows.
@@ -95,7 +97,7 @@ class GLM(nn.Module):
         if attention != "sparse" and batch.page_size != 1:
             raise ValueError(f"attention is {attention!r} on a paged batch; expected 'sparse'")
         replayed = selections is not None
-        step = Pass(batch, self.rotary(batch.positions), store, attention, replayed, tape=tape, routes=routes)
+        step = Pass(batch, self.rotary(batch.turns), store, attention, replayed, tape=tape, routes=routes, topk=topk)
         x_TD = self.model.embed_tokens(ids_T)
         selection: Tensor | None = None
         used: list[Tensor | None] = []
@@ -128,7 +130,7 @@ class GLM(nn.Module):
             m [T, D] (``logits(m)`` predicts token t + 2 + depth) and the Selection to pass on.
         """
         step = replace(step, replay=False, routes=None)  # a recording holds the decoder layers only
-        step = step.draft(self.rotary(step.batch.positions + depth)) if depth else step
+        step = step.draft(self.rotary(step.batch.turns + depth)) if depth else step
         return self.mtp.draft(self.model.embed_tokens(next_ids_T), hidden_TD, step, selection)
 
     @property

@@ -75,7 +75,7 @@ class MLA(nn.Module):
             step.recording.indexer[self.layer] = IndexerInputs(q_TJI, weights_TJ, keys_SI)
         if not chooses:
             return given
-        selection = ops.select(q_TJI, weights_TJ, step.store.index_keys(self.layer), step.batch, self.topk)
+        selection = ops.select(q_TJI, weights_TJ, step.store.index_keys(self.layer), step.batch, step.topk or self.topk)
         if step.recording is not None:
             step.recording.selections[self.layer] = selection
         return selection

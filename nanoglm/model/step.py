@@ -58,6 +58,7 @@ class Pass:
     reuse_keys: bool = False  # the keys are written already: attend to them, write none
     tape: Tape | None = None
     routes: Mapping[int, Tensor] | None = None  # per MoE layer int64 [T, k]: replayed instead of the router's choice
+    topk: int | None = None  # width of the Selections, if not the configuration's
 
     @property
     def recording(self) -> Tape | None:

@@ -30,6 +30,8 @@ class Batch:
         requests: int64 [T], the request each row belongs to.
         table: int32 [B, P], page table; page ``table[b, p // page_size]`` holds position p.
         page_size: logical tokens per page.
+        rope_positions: int64 [T], what each row's rotation stands for if that is not its position (skipped
+            positions in training); visibility, keys and Selections know ``positions`` only.
     """
 
     borders: tuple[int, ...]
@@ -38,6 +40,7 @@ class Batch:
     requests: Tensor
     table: Tensor
     page_size: int
+    rope_positions: Tensor | None = None
 
     @classmethod
     def build(cls, counts: Sequence[int], lengths: Sequence[int], table: Tensor, page_size: int) -> Batch:
@@ -82,7 +85,14 @@ class Batch:
         ends = zip(self.borders[1:], counts, strict=True)
         rows = torch.cat([torch.arange(end - n, end, device=self.positions.device) for end, n in ends])
         borders = (0, *accumulate(counts))
-        return replace(self, borders=borders, positions=self.positions[rows], requests=self.requests[rows]), rows
+        rope = None if self.rope_positions is None else self.rope_positions[rows]
+        positions, requests = self.positions[rows], self.requests[rows]
+        return replace(self, borders=borders, positions=positions, requests=requests, rope_positions=rope), rows
+
+    @property
+    def turns(self) -> Tensor:
+        """int64 [T]: where each row stands for RoPE."""
+        return self.positions if self.rope_positions is None else self.rope_positions
 
     def ordered(self, rows: Tensor) -> Tensor:
         """Storage rows [N, ...] as those of all tokens of each request in turn, [sum of lengths, ...]. For pages of one

@@ -110,6 +110,7 @@ class Part(Sample):
         return replace(
             whole, borders=(0, *accumulate(self.counts)), lengths=tuple(context.span(n)[1] for n in self.whole.counts),
             positions=whole.positions[self.rows], requests=whole.requests[self.rows], table=table.to(self.ids.device),
+            rope_positions=None if whole.rope_positions is None else whole.rope_positions[self.rows],
         )  # fmt: skip
 
     def split(self, tokens: int | None) -> list[Sample]:

@@ -11,9 +11,10 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -308,11 +309,13 @@ class Sample:
     Attributes:
         ids: int64 [T]. targets: int64 [T], the token that follows each, or -100 where it is not learnt.
         counts: tokens of each sequence.
+        positions: int64 [T], where each token stands for RoPE if some are skipped, else None.
     """
 
     ids: Tensor
     targets: Tensor
     counts: tuple[int, ...]
+    positions: Tensor | None = None
 
     @classmethod
     def of(cls, windows: Tensor) -> Sample:
@@ -322,22 +325,28 @@ class Sample:
     @cached_property
     def batch(self) -> Batch:
         """The geometry that the model asks for."""
-        return Batch.contiguous(self.counts, self.ids.device)
+        return replace(Batch.contiguous(self.counts, self.ids.device), rope_positions=self.positions)
 
     def to(self, device: torch.device | str) -> Sample:
         """The same on a device."""
-        return Sample(self.ids.to(device), self.targets.to(device), self.counts)
+        positions = None if self.positions is None else self.positions.to(device)
+        return Sample(self.ids.to(device), self.targets.to(device), self.counts, positions)
+
+    def part(self, begin: int, end: int) -> Sample:
+        """Its sequences ``begin`` to ``end`` - 1."""
+        rows = slice(sum(self.counts[:begin]), sum(self.counts[:end]))
+        positions = None if self.positions is None else self.positions[rows]
+        return Sample(self.ids[rows], self.targets[rows], self.counts[begin:end], positions)
 
     def split(self, tokens: int | None) -> list[Sample]:
         """Its sequences in parts of at most so many tokens (one sequence at least); None: one part."""
-        parts: list[list[int]] = [[]]
-        for n in self.counts:
-            if tokens is not None and parts[-1] and sum(parts[-1]) + n > tokens:
-                parts.append([])
-            parts[-1].append(n)
-        sizes = [sum(part) for part in parts]
-        pieces = zip(self.ids.split(sizes), self.targets.split(sizes), parts, strict=True)
-        return [Sample(ids, targets, tuple(part)) for ids, targets, part in pieces]
+        borders, held = [0], 0
+        for i, n in enumerate(self.counts):
+            if tokens is not None and held and held + n > tokens:
+                borders.append(i)
+                held = 0
+            held += n
+        return [self.part(begin, end) for begin, end in pairwise([*borders, len(self.counts)])]
 
     # Three questions to which a rank that holds a stretch of each sequence has other answers (context.py).
     def later(self, values_T: Tensor, by: int) -> tuple[Tensor, Tensor]:

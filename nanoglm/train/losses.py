@@ -23,8 +23,11 @@ CHUNK_ELEMENTS = 1 << 24  # of scores held at once
 
 def cross_entropy(model: GLM, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, int]:
     """Next-token loss in nats; targets of -100 count nothing."""
-    logits = ops.wide(model.logits(hidden_TD))
-    return F.cross_entropy(logits, targets_T, ignore_index=IGNORE, reduction="sum"), int((targets_T >= 0).sum())
+    learnt_T = targets_T >= 0
+    count = int(learnt_T.sum())
+    if count < len(targets_T):  # the head is half of a small model's work
+        hidden_TD, targets_T = hidden_TD[learnt_T], targets_T[learnt_T]
+    return F.cross_entropy(ops.wide(model.logits(hidden_TD)), targets_T, reduction="sum"), count
 
 
 def drafts(model: GLM, output: Output, sample: Sample, depths: int) -> Iterator[Tensor]:

@@ -87,14 +87,16 @@ def terms(model: GLM, sample: Sample, recipe: Recipe, step: int) -> tuple[dict[s
     stage = recipe.stage(step)
     index = stage.indexer_every > 0 and step % stage.indexer_every == 0
     tape = Tape(indexers=index)
-    output = model(sample.ids, sample.batch, sample.store(), attention=stage.attention, tape=tape)
+    output = model(
+        sample.ids, sample.batch, sample.store(), attention=stage.attention, tape=tape, topk=stage.topk
+    )  # fmt: skip
     found = {"loss": losses.cross_entropy(model, output.hidden, sample.targets)}
     if model.config.num_nextn_predict_layers:
         found["mtp"] = losses.DRAFTS[recipe.drafts(step)](model, output, sample, recipe.mtp_depths)
     if stage.backbone and tape.experts and recipe.balance_weight:
         found["balance"] = balance_loss(tape, sample)
     if index:
-        sparse = stage.attention != "dense"
+        sparse = stage.attention != "dense" and stage.kl_of == "selected"
         found["kl"] = indexer_loss(model, tape, sample, sparse=sparse, own=recipe.own_layer_kl)
     return found, tape
 

@@ -98,9 +98,7 @@ class Ranks:
                 f"pass_tokens is {pass_tokens}; expected none on several processes where sequences have unlike lengths"
             )
         group = self.rank * self.groups // self.world
-        begin, end = group * n // self.groups, (group + 1) * n // self.groups
-        rows = slice(sum(sample.counts[:begin]), sum(sample.counts[:end]))
-        own = Sample(sample.ids[rows], sample.targets[rows], sample.counts[begin:end])
+        own = sample.part(group * n // self.groups, (group + 1) * n // self.groups)
         return own if self.context is None else self.context.part(own)
 
     def first_does(self, action: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ from typing import Literal
 from nanoglm.errors import InputError
 from nanoglm.model import Attention
 
-Data = Literal["text", "conversations"]
+Data = Literal["text", "conversations", "recall"]
 Drafts = Literal["likelihood", "rejection", "total_variation"]  # what MTP learns, see losses.DRAFTS
 
 
@@ -28,6 +28,8 @@ class Stage:
     rope_theta: float | None = None  # the base of the rotation from here on; None: as before
     data: Data = "text"
     rate: float = 1.0  # times the recipe's
+    topk: int | None = None  # tokens that each selects, if not the model's own number
+    kl_of: Literal["selected", "visible"] = "selected"  # keys over which indexers learn, where a stage selects
 
 
 def dense(share: float, length: int = 256) -> Stage:
@@ -104,6 +106,8 @@ class Recipe:
                     f"stage {stage.name} has share {stage.share:g} and length {stage.length}; expected a share of 0 or "
                     f"more and a length that divides tokens ({self.tokens})"
                 )
+            if stage.topk is not None and stage.topk < 1:
+                raise InputError(f"stage {stage.name} has topk {stage.topk}; expected at least 1")
             if stage.indexer_every < 0 or (not stage.backbone and stage.indexer_every != 1):
                 raise InputError(
                     f"stage {stage.name} has indexer_every {stage.indexer_every}; expected 0 or more, and 1 where the "

@@ -1,0 +1,92 @@
+"""Samples of the long-context tasks for training: short ones whose positions are those of long ones.
+
+What a short sequence cannot show by itself is put there in three ways. Positions are skipped (PoSE, arXiv 2309.10400):
+a sequence is cut in pieces and each stands a drawn distance behind the one before, so that rotations by all distances up
+to a million occur. Facts crowd: ``multikey`` leaves no noise between them, only statements of other keys. And a share is
+plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone: the circuit that recall
+needs (copy the token before, then match) forms there within some hundred steps, and at 512 tokens not at all.
+
+Source: training spec 5.2, 5.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanoglm.errors import InputError
+from nanoglm.tasks import TEXT, Task, draw
+from nanoglm.train.data import Sample, Tokens
+
+SHORT = 64  # below: pairs and questions alone
+MIX: dict[Task | None, float] = {"recall": 0.35, "multikey": 0.4, "needle": 0.15, None: 0.1}  # None: plain text
+PIECES = 8  # of a sequence, at most
+REACH = 1 << 20  # the largest distance
+
+
+def skipped(length: int, rng: np.random.Generator, whole: np.ndarray) -> np.ndarray:
+    """Ascending positions of a sequence's rows, int64 [length]: 1 to 8 pieces with gaps, of every order of magnitude,
+    that are a million at most together.
+
+    Args:
+        whole: rows at which no piece begins, since they are known by the row before.
+    """
+    begins = np.setdiff1d(np.arange(1, length), whole)
+    gaps = min(int(rng.integers(PIECES)), len(begins))
+    steps = np.ones(length, np.int64)
+    steps[0] = 0
+    if gaps:
+        drawn = np.exp(rng.uniform(0, np.log((REACH - length) / gaps), gaps))
+        steps[rng.choice(begins, gaps, replace=False)] += drawn.astype(np.int64)
+    return steps.cumsum()
+
+
+class Recall:
+    """A source of task samples; its state is how many it drew.
+
+    Args:
+        text: bytes, for text and for needles' filler.
+
+    Raises:
+        InputError: text of another tokenizer.
+    """
+
+    def __init__(self, text: Tokens, seed: int = 0) -> None:
+        self.text, self.seed, self.drawn = text, seed, 0
+
+    def take(self, length: int, count: int) -> Sample:
+        """The next ``count`` sequences of ``length`` tokens. Raises InputError if that is no multiple of 4 below 64."""
+        rng = np.random.default_rng((self.seed, self.drawn))
+        self.drawn += 1
+        rows = [self._row(length, rng) for _ in range(count)]
+        ids, targets, positions = (torch.from_numpy(np.concatenate(part)) for part in zip(*rows, strict=True))
+        return Sample(ids, targets, (length,) * count, positions)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = state["drawn"]
+
+    def _row(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, targets and positions."""
+        if length < SHORT:
+            example = draw("recall", length, rng, facts=length // 4)
+            return example.ids, example.targets, skipped(length, rng, example.sources)
+        task = list(MIX)[int(rng.choice(len(MIX), p=list(MIX.values())))]
+        if task is None:
+            window = self._window(length + 1, rng)
+            return window[:-1], window[1:], skipped(length, rng, np.empty(0, np.int64))
+        facts = int(rng.integers(length // 64, length // 8 + 1))
+        example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)
+        return example.ids, example.targets, skipped(length, rng, example.sources)
+
+    def _window(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        if len(self.text) < length:
+            raise InputError(f"text holds {len(self.text)} tokens; expected at least {length}")
+        found = self.text.read(int(rng.integers(len(self.text) - length + 1)), length).astype(np.int64)
+        if found.max() >= TEXT:
+            raise InputError(f"text holds id {found.max()}; expected bytes, below {TEXT}")
+        return found
