@@ -25,6 +25,7 @@ from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
 from nanoglm.errors import InputError, NanoglmError
+from nanoglm.eval.commands import longcontext
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.ops import count_work, cpu
 from nanoglm.train.commands import data, recipe_of, report, training
@@ -308,6 +309,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "demo": demo,
     "eval": evaluate_text,
+    "longcontext": longcontext,
     "inspect": inspect,
     "slice": slice_,
     "plan": plan,

@@ -91,7 +91,7 @@ def draw(
         raise InputError(f"questions is {questions}; expected 1 to the number of facts ({facts})")
     if task == "needle" and (text is None or not len(text) or text.max() >= TEXT):
         raise InputError(f"text is missing or holds ids above {TEXT - 1}; expected bytes, which needle hides facts in")
-    fresh = iter(rng.permutation(np.array(KEYS)).tolist())
+    fresh = iter((KEYS.start + rng.permutation(len(KEYS))).tolist())
     try:
         found = [_FACTS[task](rng, fresh) for _ in range(facts)]
         others = [next(fresh), *fresh]
@@ -103,10 +103,10 @@ def draw(
     if free < 0:
         raise InputError(f"length is {length}; expected at least {length - free} for {facts} facts")
     if task == "multikey":
-        pairs = np.stack([rng.choice(others, free // 2), rng.choice(VALUES, free // 2)], 1)
+        pairs = np.stack([rng.choice(others, free // 2), _values(rng, free // 2)], 1)
         found, free = found + [_Fact([pair], [], []) for pair in pairs.tolist()], free % 2
-    filler = rng.choice(VALUES, free) if text is None or task != "needle" else _piece(text, free, rng)
-    haystack, begins = _hide(found, filler.tolist(), rng)
+    filler = _values(rng, free) if text is None or task != "needle" else _piece(text, free, rng)
+    haystack, begins = _hide(found, filler, rng)
     return _ask(haystack, [(found[i], begins[i]) for i in asked])
 
 
@@ -118,7 +118,7 @@ def answers(example: Example) -> list[range]:
 
 # ------------------------------------------------------------------------------- facts
 def _values(rng: np.random.Generator, count: int) -> list[int]:
-    return rng.choice(VALUES, count).tolist()
+    return rng.integers(VALUES.start, VALUES.stop, count).tolist()  # a range as choices would be copied each time
 
 
 def _pair(rng: np.random.Generator, fresh: Iterator[int]) -> _Fact:
@@ -154,10 +154,10 @@ _FACTS: dict[Task, Callable[[np.random.Generator, Iterator[int]], _Fact]] = {
 
 
 # ------------------------------------------------------------------------------- sequence
-def _piece(text: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+def _piece(text: np.ndarray, length: int, rng: np.random.Generator) -> list[int]:
     """So much of the text from a drawn place on; a shorter text begins again."""
     begin = int(rng.integers(max(1, len(text) - length + 1)))
-    return np.resize(text[begin : begin + length], length).astype(np.int64)
+    return np.resize(text[begin : begin + length], length).tolist()
 
 
 def _hide(facts: list[_Fact], filler: list[int], rng: np.random.Generator) -> tuple[list[int], list[list[int]]]:

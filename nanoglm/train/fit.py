@@ -84,7 +84,7 @@ def _steps(pipe: Connection, recipe: Recipe, config: GLMConfig, device: str) -> 
     try:
         for stage in recipe.stages:
             once = replace(recipe, steps=1, stages=(replace(stage, share=1.0),))
-            train(model, {"text": noise, "conversations": noise}, once, Keep(quiet=True))
+            train(model, {stage.data: noise}, once, Keep(quiet=True))
     except torch.OutOfMemoryError:
         pipe.send(float("inf"))
         return

@@ -5,7 +5,7 @@ overrides. Shares are of all steps, so a run of other steps keeps its form.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nanoglm.errors import InputError
@@ -58,6 +58,12 @@ def long(share: float, length: int, rope_theta: float | None = None, rate: float
 def sft(share: float, length: int, rate: float = 1.0) -> Stage:
     """As ``sparse``, on conversations, of which what the assistant says is learnt."""
     return Stage("sft", share, length, "masked", indexer_every=4, data="conversations", rate=rate)
+
+
+def tasks(*stages: Stage, topk: int | None = None) -> tuple[Stage, ...]:
+    """The stages on the tasks of long context, selecting ``topk``. Their indexers learn over all that is visible: of
+    what they missed, the selected keys alone would tell them nothing (training spec 6)."""
+    return tuple(replace(stage, data="recall", topk=topk, kl_of="visible") for stage in stages)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,10 @@ class Recipe:
             if done < border - 1e-9:
                 return stage
         return self.stages[-1]
+
+    def reads(self, data: Data) -> bool:
+        """Whether a stage learns from such data."""
+        return any(stage.data == data for stage in self.stages)
 
     def rope_theta(self, step: int) -> float | None:
         """The base that holds at this step: its stage's or the last one that an earlier stage set."""

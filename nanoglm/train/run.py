@@ -20,10 +20,12 @@ from nanoglm.engine import SamplingParams, generate
 from nanoglm.errors import InputError
 from nanoglm.memory import peak_memory
 from nanoglm.model import GLM
+from nanoglm.tasks import VOCABULARY
 from nanoglm.train.checkpoint import NUMBERS, kept_recipe
 from nanoglm.train.data import END_OF_TEXT, Source, Tokens, Windows
 from nanoglm.train.fit import fit
 from nanoglm.train.parallel import Ranks, gathered, parallelise
+from nanoglm.train.recall import Recall
 from nanoglm.train.recipe import Recipe
 from nanoglm.train.sft import Conversations, Document, samples
 from nanoglm.train.sft import conversations as read_conversations
@@ -65,7 +67,7 @@ class Corpus:
         """By what a stage calls its data."""
         found: dict[str, Source] = {}
         if self.text is not None:
-            found["text"] = Windows(self.text, seed)
+            found["text"], found["recall"] = Windows(self.text, seed), Recall(self.text, seed)
         if self.conversations is not None:
             found["conversations"] = Conversations(self.conversations, seed)
         return found
@@ -110,6 +112,8 @@ def config_of(recipe: Recipe, tokenizer: Tokenizer) -> GLMConfig:
     """
     changes = {"num_hidden_layers": recipe.depth} if recipe.depth else {}
     config = GLMConfig.preset(recipe.preset, **changes)
+    if recipe.reads("recall"):
+        return config.replace(vocab_size=VOCABULARY)
     if tokenizer.is_bytes and recipe.preset in PRESETS and config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"preset {recipe.preset} has vocabulary {config.vocab_size}; expected the byte tokenizer's 320"
@@ -175,9 +179,9 @@ def run(
     elif budget is not None:
         recipe = fit(recipe, model.config, budget, where, console.print)
     model = model.to(where) if ranks is None else parallelise(model.to(where), ranks)
-    length = recipe.stages[0].length
+    length, tasks = recipe.stages[0].length, recipe.reads("recall")  # what answers tasks speaks no text
     val = Validation(data.val, length, VALIDATION_TOKENS, recipe.mtp_depths) if data.val is not None else None
-    val = val if val is not None and val.windows else None
+    val = val if val is not None and val.windows and not tasks else None
     board = out / "tensorboard" if tensorboard else None
     sampler = _sampler(model, data.tokenizer) if ranks is None else None
     keep = Keep(out / LOG, 20, training, save_every, val, validate_every, sampler, board)
@@ -187,8 +191,8 @@ def run(
     whole = model if ranks is None else gathered(model, ranks)
     if whole is None:
         return
-    Model(whole, data.tokenizer).save(out)
-    extra = {} if data.text is None or ranks is not None else shared_indexers(model, data.text, recipe)
+    Model(whole, None if tasks else data.tokenizer).save(out)
+    extra = {} if data.text is None or ranks is not None or tasks else shared_indexers(model, data.text, recipe)
     if extra:
         partial = out / f".{SHARED_INDEXERS}"
         save_file(extra, partial, metadata={"format": "pt"})
