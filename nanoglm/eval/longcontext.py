@@ -226,7 +226,9 @@ def _selection(way: str, positions_T: Tensor, k: int, generator: torch.Generator
 def _judge(row: Row, model: GLM, example: Example, run: _Run) -> None:
     """Counts the answers."""
     rows = torch.from_numpy((example.sources >= 0).nonzero()[0] - run.begin)
-    said = dict(zip((rows + run.begin).tolist(), model.logits(run.output.hidden[rows]).argmax(-1).tolist(), strict=True))
+    said = dict(
+        zip((rows + run.begin).tolist(), model.logits(run.output.hidden[rows]).argmax(-1).tolist(), strict=True)
+    )
     haystack = int((example.ids == ASK).nonzero()[0][-1])
     for answer in answers(example):
         right = all(said[i] == example.targets[i] for i in answer)
@@ -283,6 +285,7 @@ def _margin(run: _Run, layer: int, rows: Tensor, places: Tensor, k: int) -> dict
 
 def cells(row: Row) -> dict[str, str]:
     """A row as text, by column."""
+
     def of(name: str) -> str:
         return " ".join(f"{values[name]:.2f}" for _, values in sorted(row.layers.items()) if name in values)
 
