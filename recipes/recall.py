@@ -7,7 +7,7 @@ from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse, tasks
 
 
 def recipe() -> Recipe:
-    """Pairs alone until matching works, then everything at 512; selecting 16 of them, where the test selects 64 of 64K."""
+    """Pairs alone until matching works, then all tasks at 512, selecting 16, where the test selects 64 of 64K."""
     return Recipe(
         "recall", steps=4000, tokens=1024, warmup=20, optimizer="muon", rate=4e-3, weight_decay=0.01,
         stages=tasks(

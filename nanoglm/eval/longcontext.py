@@ -1,7 +1,7 @@
 """Long context: all questions stand behind one haystack, so one prefill gives an answer to each.
 
-The haystack goes through the paged cache by the ops that serve, chunk by chunk; the questions with their answers are the
-last pass, whose every row is looked at. Besides the answers a row says why: what each layer selected, how far the
+The haystack goes through the paged cache by the ops that serve, chunk by chunk; the questions with their answers are
+the last pass, whose every row is looked at. Besides the answers a row says why: what each layer selected, how far the
 needle's score stands out, and what attention made of it. The other ways to attend, at the same weights:
 
     sparse   the model as it is: each token attends to the k that its indexers select
@@ -22,8 +22,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
-
 
 import numpy as np
 import torch
@@ -105,13 +105,18 @@ def evaluate(
         raise InputError(f"length is {length}; expected at most {model.config.max_position_embeddings}")
     if way not in WAYS:
         model = rescheduled(model, way)
+
+    def tell(number: int, share: float) -> None:
+        progress((number + share) / sequences)
+
     row, found = Row(task, way, length, topk or model.config.index_topk), defaultdict[int, list[dict[str, float]]](list)
     for number in range(sequences):
         example = draw(task, length, np.random.default_rng((seed, length, number)), facts=questions, text=text)
         began = time.perf_counter()
-        run = _dense(model, example) if way == "dense" else _prefill(
-            model, example, row.topk, way, seed + number, lambda share, n=number: progress((n + share) / sequences)
-        )  # fmt: skip
+        if way == "dense":
+            run = _dense(model, example)
+        else:
+            run = _prefill(model, example, row.topk, way, seed + number, partial(tell, number))
         row.seconds += time.perf_counter() - began
         row.sequences += 1
         _judge(row, model, example, run)
@@ -188,12 +193,10 @@ def _prefill(
     borders = [*range(0, bar, PREFILL_CHUNK), bar, len(ids)]
     for begin, end in zip(borders, borders[1:], strict=False):
         batch, tape = cache.extend([request], [end - begin]), Tape()
-        given = {} if (made := _selection(way, batch.positions, topk, generator)) is None else {
-            "selections": [made] * (last + 1)
-        }  # fmt: skip
-        asked = begin == bar
+        made, asked = _selection(way, batch.positions, topk, generator), begin == bar
         output = model(
-            ids[begin:end], batch, cache, topk=topk, tape=tape if asked else None, tail=None if asked else [0], **given
+            ids[begin:end], batch, cache, topk=topk, selections=None if made is None else [made] * (last + 1),
+            tape=tape if asked else None, tail=None if asked else [0],
         )  # fmt: skip
         inside = torch.from_numpy(places[(places >= begin) & (places < end)])
         for layer in model.config.full_layers:

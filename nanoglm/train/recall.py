@@ -1,10 +1,10 @@
 """Samples of the long-context tasks for training: short ones whose positions are those of long ones.
 
 What a short sequence cannot show by itself is put there in three ways. Positions are skipped (PoSE, arXiv 2309.10400):
-a sequence is cut in pieces and each stands a drawn distance behind the one before, so that rotations by all distances up
-to a million occur. Facts crowd: ``multikey`` leaves no noise between them, only statements of other keys. And a share is
-plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone: the circuit that recall
-needs (copy the token before, then match) forms there within some hundred steps, and at 512 tokens not at all.
+a sequence is cut in pieces and each stands a drawn distance behind the one before, so that rotations by all distances
+up to a million occur. Facts crowd: ``multikey`` leaves no noise between them, only statements of other keys. And a share
+is plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone: the circuit that
+recall needs (copy the token before, then match) forms there.
 
 Source: training spec 5.2, 5.3.
 """
