@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from nanoglm.errors import InputError
-from nanoglm.tasks import TEXT, Task, draw
-from nanoglm.train.data import Sample, Tokens
+from nanoglm.tasks import ASK, KEYS, TEXT, VALUES, Task, draw
+from nanoglm.train.data import IGNORE, Sample, Tokens
 
 SHORT = 64  # below: pairs and questions alone
 MIX: dict[Task | None, float] = {"recall": 0.35, "multikey": 0.4, "needle": 0.15, None: 0.1}  # None: plain text
@@ -41,6 +41,17 @@ def skipped(length: int, rng: np.random.Generator, whole: np.ndarray) -> np.ndar
         drawn = np.exp(rng.uniform(0, np.log((REACH - length) / gaps), gaps))
         steps[rng.choice(begins, gaps, replace=False)] += drawn.astype(np.int64)
     return steps.cumsum()
+
+
+def pairs(facts: int, rng: np.random.Generator) -> np.ndarray:
+    """Keys with their values side by side, the bar, and the same in another order: int64 [4 facts + 1].
+
+    Each sequence takes its words from a drawn number of keys and values, few or many alike often, so that some are as
+    frequent as in a language: circuits form on those and serve the rest.
+    """
+    words = int(np.exp(rng.uniform(np.log(facts), np.log(len(KEYS)))))
+    stated = np.stack([rng.permutation(words)[:facts] + KEYS.start, rng.integers(words, size=facts) + VALUES.start], 1)
+    return np.concatenate([stated.flatten(), [ASK], stated[rng.permutation(facts)].flatten()])
 
 
 class Recall:
@@ -72,13 +83,15 @@ class Recall:
 
     def _row(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, targets and positions."""
-        if length < SHORT:
-            example = draw("recall", length, rng, facts=length // 4)
-            return example.ids, example.targets, skipped(length, rng, example.sources)
         task = list(MIX)[int(rng.choice(len(MIX), p=list(MIX.values())))]
         if task is None:
             window = self._window(length + 1, rng)
             return window[:-1], window[1:], skipped(length, rng, np.empty(0, np.int64))
+        if length < SHORT:
+            ids = pairs(length // 4, rng)
+            targets = np.where(np.arange(length) > length // 2, ids[1:], IGNORE)
+            targets[::2] = IGNORE
+            return ids[:-1], targets, skipped(length, rng, np.arange(1, length, 2))
         facts = int(rng.integers(length // 64, length // 8 + 1))
         example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)
         return example.ids, example.targets, skipped(length, rng, example.sources)
