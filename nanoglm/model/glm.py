@@ -152,11 +152,15 @@ class GLM(nn.Module):
         return Rotary.at(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
 
     @torch.no_grad()
-    def initialise(self, seed: int = 0) -> GLM:
+    def initialise(self, seed: int = 0, shared: float = 0.0) -> GLM:
         """Random weights: normal with ``initializer_range``, norms 1, biases 0. Returns self.
 
         What writes to the residual stream starts smaller by sqrt(2 * layers), so that depth does not
         drown the embedding (GPT-2's rule; measured in docs/log.md).
+
+        Args:
+            shared: added to every embedding. There are no biases, so attention by position alone (to the token before,
+                whatever it is) needs a direction that all tokens have; else it has to be learnt first.
         """
         generator = torch.Generator(device=self.lm_head.weight.device).manual_seed(seed)
         smaller = (2 * self.config.num_hidden_layers) ** -0.5
@@ -168,4 +172,5 @@ class GLM(nn.Module):
                     nn.init.normal_(value, 0.0, deviation, generator=generator)
                 else:
                     value.fill_(1.0 if name == "weight" and isinstance(module, RMSNorm | LayerNorm) else 0.0)
+        self.model.embed_tokens.weight += shared
         return self

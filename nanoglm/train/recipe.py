@@ -87,6 +87,7 @@ class Recipe:
     warmup: int = 50  # steps in which the rate rises
     floor: float = 0.1  # of the rate, at the end of its cosine
     weight_decay: float = 0.1
+    shared: float = 0.0  # of all embeddings at the start, see GLM.initialise
     own_layer_kl: bool = False  # an indexer learns from its own layer alone, not from all that it serves
     mtp_depths: int = 2
     mtp_weight: float = 0.3
