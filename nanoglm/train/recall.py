@@ -3,8 +3,9 @@
 What a short sequence cannot show by itself is put there in three ways. Positions are skipped (PoSE, arXiv 2309.10400):
 a sequence is cut in pieces and each stands a drawn distance behind the one before, so that rotations by all distances
 up to a million occur. Facts crowd: ``multikey`` leaves no noise between them, only statements of other keys. And a share
-is plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone: the circuit that
-recall needs (copy the token before, then match) forms there.
+is plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone, for there the circuit
+forms that recall needs: know the token before, then match. Its first half is asked for as such, by targets on the
+statements; the second comes only when there is something to match (docs/log.md).
 
 Source: training spec 5.2, 5.3.
 """
@@ -89,8 +90,10 @@ class Recall:
             return window[:-1], window[1:], skipped(length, rng, np.empty(0, np.int64))
         if length < SHORT:
             ids = pairs(length // 4, rng)
-            targets = np.where(np.arange(length) > length // 2, ids[1:], IGNORE)
-            targets[::2] = IGNORE
+            bar = length // 2
+            targets = np.full(length, IGNORE)
+            targets[1:bar] = ids[: bar - 1]  # the token before
+            targets[bar + 1 :: 2] = ids[bar + 2 :: 2]
             return ids[:-1], targets, skipped(length, rng, np.arange(1, length, 2))
         facts = int(rng.integers(length // 64, length // 8 + 1))
         example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)

@@ -145,12 +145,17 @@ def test_stages_on_tasks() -> None:
 def test_short_sequences_are_pairs_and_questions() -> None:
     sample = Recall(TEXT).take(16, 30)
     assert sample.counts == (16,) * 30
+    text = [not (ids == ASK).any() for ids in sample.ids.split(16)]
+    assert 0 < sum(text) < 10
     for ids, targets in zip(sample.ids.split(16), sample.targets.split(16), strict=True):
+        if ASK not in ids:
+            continue
         assert all(i in KEYS for i in ids[0:8:2]) and all(i in VALUES for i in ids[1:8:2]) and ids[8] == ASK
         stated = dict(zip(ids[0:8:2].tolist(), ids[1:8:2].tolist(), strict=True))
         for key, target in zip(ids[9::2].tolist(), targets[9::2].tolist(), strict=True):
             assert stated.pop(key) == target
-        assert not stated and (targets != IGNORE).sum() == 4
+        assert not stated and targets[1:8].tolist() == ids[:7].tolist()  # before the bar, the token before
+        assert targets[0] == targets[8] == IGNORE and (targets != IGNORE).sum() == 4 + 7
 
 
 def test_long_ones_are_a_mix() -> None:
