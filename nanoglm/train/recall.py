@@ -44,15 +44,16 @@ def skipped(length: int, rng: np.random.Generator, whole: np.ndarray) -> np.ndar
     return steps.cumsum()
 
 
-def pairs(facts: int, rng: np.random.Generator) -> np.ndarray:
-    """Keys with their values side by side, the bar, and the same in another order: int64 [4 facts + 1].
+def pairs(facts: int, questions: int, rng: np.random.Generator) -> np.ndarray:
+    """Keys with their values side by side, the bar, and some of them again: int64 [2 (facts + questions) + 1].
 
+    A key may be asked again, so that no answer follows from those that were given to other keys.
     Each sequence takes its words from a drawn number of keys and values, few or many alike often, so that some are as
     frequent as in a language: circuits form on those and serve the rest.
     """
     words = int(np.exp(rng.uniform(np.log(facts), np.log(len(KEYS)))))
     stated = np.stack([rng.permutation(words)[:facts] + KEYS.start, rng.integers(words, size=facts) + VALUES.start], 1)
-    return np.concatenate([stated.flatten(), [ASK], stated[rng.permutation(facts)].flatten()])
+    return np.concatenate([stated.flatten(), [ASK], stated[rng.integers(facts, size=questions)].flatten()])
 
 
 class Recall:
@@ -69,7 +70,9 @@ class Recall:
         self.text, self.seed, self.drawn = text, seed, 0
 
     def take(self, length: int, count: int) -> Sample:
-        """The next ``count`` sequences of ``length`` tokens. Raises InputError if that is no multiple of 4 below 64."""
+        """The next ``count`` sequences of ``length`` tokens. Raises InputError if that is odd or below 8."""
+        if length < 8 or length % 2:
+            raise InputError(f"length is {length}; expected an even number, at least 8")
         rng = np.random.default_rng((self.seed, self.drawn))
         self.drawn += 1
         rows = [self._row(length, rng) for _ in range(count)]
@@ -89,12 +92,12 @@ class Recall:
             window = self._window(length + 1, rng)
             return window[:-1], window[1:], skipped(length, rng, np.empty(0, np.int64))
         if length < SHORT:
-            ids = pairs(length // 4, rng)
-            bar = length // 2
+            bar = length // 8 * 2  # three questions a fact
+            ids = pairs(bar // 2, (length - bar) // 2, rng)
             targets = np.full(length, IGNORE)
             targets[1:bar] = ids[: bar - 1]  # the token before
             targets[bar + 1 :: 2] = ids[bar + 2 :: 2]
-            return ids[:-1], targets, skipped(length, rng, np.arange(1, length, 2))
+            return ids[:-1], targets, skipped(length, rng, np.r_[1:bar:2, bar + 2 : length : 2])
         facts = int(rng.integers(length // 64, length // 8 + 1))
         example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)
         return example.ids, example.targets, skipped(length, rng, example.sources)

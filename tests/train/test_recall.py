@@ -150,12 +150,11 @@ def test_short_sequences_are_pairs_and_questions() -> None:
     for ids, targets in zip(sample.ids.split(16), sample.targets.split(16), strict=True):
         if ASK not in ids:
             continue
-        assert all(i in KEYS for i in ids[0:8:2]) and all(i in VALUES for i in ids[1:8:2]) and ids[8] == ASK
-        stated = dict(zip(ids[0:8:2].tolist(), ids[1:8:2].tolist(), strict=True))
-        for key, target in zip(ids[9::2].tolist(), targets[9::2].tolist(), strict=True):
-            assert stated.pop(key) == target
-        assert not stated and targets[1:8].tolist() == ids[:7].tolist()  # before the bar, the token before
-        assert targets[0] == targets[8] == IGNORE and (targets != IGNORE).sum() == 4 + 7
+        assert all(i in KEYS for i in ids[0:4:2]) and all(i in VALUES for i in ids[1:4:2]) and ids[4] == ASK
+        stated = dict(zip(ids[0:4:2].tolist(), ids[1:4:2].tolist(), strict=True))
+        assert targets[5::2].tolist() == [stated[key] for key in ids[5::2].tolist()]
+        assert targets[1:4].tolist() == ids[:3].tolist()  # before the bar, the token before
+        assert targets[0] == targets[4] == IGNORE and (targets != IGNORE).sum() == 6 + 3
 
 
 def test_long_ones_are_a_mix() -> None:
@@ -187,6 +186,12 @@ def test_a_source_goes_on_from_its_state() -> None:
     a, b, c = source.take(64, 4), again.take(64, 4), other.take(64, 4)
     assert torch.equal(a.ids, b.ids) and torch.equal(a.positions, b.positions)
     assert not torch.equal(a.ids, c.ids)
+
+
+@pytest.mark.parametrize("length", [6, 17])
+def test_a_length_that_is_none(length: int) -> None:
+    with pytest.raises(InputError, match=f"length is {length}; expected an even number"):
+        Recall(TEXT).take(length, 1)
 
 
 @pytest.mark.parametrize(
