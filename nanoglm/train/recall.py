@@ -1,11 +1,11 @@
 """Samples of the long-context tasks for training: short ones whose positions are those of long ones.
 
-What a short sequence cannot show by itself is put there in three ways. Positions are skipped (PoSE, arXiv 2309.10400):
-a sequence is cut in pieces and each stands a drawn distance behind the one before, so that rotations by all distances
-up to a million occur. Facts crowd: ``multikey`` leaves no noise between them, only statements of other keys. And a share
-is plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone, for there the circuit
-forms that recall needs: know the token before, then match. Its first half is asked for as such, by targets on the
-statements; the second comes only when there is something to match (docs/log.md).
+What a short sequence cannot show by itself is put there in three ways. Positions are skipped (PoSE, arXiv
+2309.10400): a sequence is cut in pieces and each stands a drawn distance behind the one before, so that rotations by
+all distances up to a million occur. Facts crowd: ``multikey`` leaves no noise between them, only statements of other
+keys. And a share is plain text, so that filler is not trivial. The shortest sequences are pairs and questions alone,
+for there the circuit forms that recall needs: know the token before, then match. Its first half is asked for as such,
+by targets on the statements; the second comes only when there is something to match (docs/log.md).
 
 Source: training spec 5.2, 5.3.
 """

@@ -173,7 +173,9 @@ def run(
         raise InputError(f"fit is {budget / 1e9:g} GB; expected none on several processes, where nothing is measured")
     where = where_of(device)
     console = Console(stderr=True, highlight=False, quiet=ranks is not None and not ranks.first)
-    model = init.module.train() if init else GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed, recipe.shared)
+    model = (
+        init.module.train() if init else GLM(config_of(recipe, data.tokenizer)).initialise(recipe.seed, recipe.shared)
+    )
     if budget is not None and resume:
         recipe = replace(recipe, pass_tokens=kept_recipe(training)["pass_tokens"])
     elif budget is not None:
