@@ -3,50 +3,19 @@
 // One query row: gather a chunk of selected latents and ropes, scores for all heads, online softmax, weighted
 // sum of latents. Sums run over fixed chunks of 64 selected keys (128 where heads are many) in order, so a row's bits
 // depend on its Selection alone. Work is split over rows and heads, never over keys.
-#include "common.h"
+#include "selected.h"
 
 namespace {
 constexpr int CHUNK = 64, TOGETHER = 16, AHEAD = 64;  // keys: of a sum, of one pass over the queries, fetched ahead
 
-struct Problem {
+struct Problem : Selected {
   int bf16;
   const void *q_latent, *q_rope, *latent, *rope;  // [T, H, C], [T, H, R], [N, C], [N, R]
   int64_t latent_step, rope_step;                 // values from one storage row to the next
-  const int32_t* selection;                        // [T, K] logical positions, -1 after the valid ones
-  const int64_t* requests;                         // [T] whose page table, [B, columns], translates them
-  const int32_t* table;
-  int64_t columns, page_size;
-  int64_t count;                                   // T
-  int heads, c, r, k;
+  int heads, c, r;
   float scale;
   void* out;  // [T, H, C]
-  std::vector<int64_t> run;  // of each request the storage row of position 0 if its pages lie in a row, else -1
 };
-
-// A request alone in a cache has its pages in a row, and so has a whole sequence: nothing to look up then.
-inline std::vector<int64_t> runs(const Problem& p) {
-  std::vector<int64_t> run((size_t)(p.count ? *std::max_element(p.requests, p.requests + p.count) + 1 : 0), -1);
-  for (size_t r = 0; r < run.size(); r++) {
-    const int32_t* pages = p.table + (int64_t)r * p.columns;
-    int32_t gaps = 0;
-    for (int64_t i = 1; i < p.columns; i++) gaps |= pages[i] - pages[i - 1] - 1;
-    if (!gaps) run[r] = pages[0] * p.page_size;
-  }
-  return run;
-}
-
-// Storage rows of the first `most` selected positions of row t; returns how many there are.
-inline int storage_rows(const Problem& p, int64_t t, int most, int32_t* __restrict rows) {
-  const int32_t *chosen = p.selection + t * p.k, *pages = p.table + p.requests[t] * p.columns;
-  const int n = chosen[most - 1] >= 0 ? most : (int)(std::partition_point(chosen, chosen + most, [](int32_t s) { return s >= 0; }) - chosen);
-  if (const int64_t first = p.run[(size_t)p.requests[t]]; first >= 0)
-    for (int i = 0; i < n; i++) rows[i] = (int32_t)first + chosen[i];
-  else if (p.page_size == BLOCK)
-    for (int i = 0; i < n; i++) rows[i] = pages[chosen[i] / (uint32_t)BLOCK] * BLOCK + chosen[i] % (uint32_t)BLOCK;
-  else
-    for (int i = 0; i < n; i++) rows[i] = (int32_t)(pages[chosen[i] / p.page_size] * p.page_size + chosen[i] % p.page_size);
-  return n;
-}
 
 inline void to_float(const Problem& p, const void* from, int64_t at, int n, float* to) {
   if (p.bf16) {
@@ -425,7 +394,7 @@ template <int WIDE, bool MANY> void attend_bf16(const Problem& p, int64_t t, int
 EXPORT void nanoglm_sparse_attention(int bf16, const void* q_latent, const void* q_rope, const void* latent, int64_t latent_step, const void* rope,
                                      int64_t rope_step, const int32_t* selection, const int64_t* requests, const int32_t* table, int64_t columns, int64_t page_size,
                                      int64_t count, int heads, int c, int r, int k, float scale, void* out, int threads) {
-  Problem p{bf16, q_latent, q_rope, latent, rope, latent_step, rope_step, selection, requests, table, columns, page_size, count, heads, c, r, k, scale, out, {}};
+  Problem p{{selection, requests, table, columns, page_size, count, k, {}}, bf16, q_latent, q_rope, latent, rope, latent_step, rope_step, heads, c, r, scale, out};
   p.run = runs(p);
   bool pairs = false;
 #ifdef __AVX512BF16__

@@ -137,6 +137,9 @@ def _sparse_attention_backward(
     )
 
 
+_sparse_attention_backward.register_kernel("cpu")(cpu.sparse_attention_backward)
+
+
 @_sparse_attention_backward.register_fake
 def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x) for x in inputs[:4])

@@ -219,6 +219,18 @@ def test_quantised_is_the_same_as_torchs(isa: str, dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, cpu.quantise(x), strict=True))
 
 
+def draw_selection(batch: Batch, k: int, storage: int) -> tuple[Tensor, Tensor]:
+    """A Selection of each row, and which storage rows none selects."""
+    chosen = torch.full((batch.borders[-1], k), -1, dtype=torch.int32)
+    for row, position in enumerate(batch.positions.tolist()):
+        some = torch.randperm(position + 1)[: torch.randint(1, k + 1, ())].sort().values
+        chosen[row, : len(some)] = some.int()
+    unused = torch.ones(storage, dtype=torch.bool)
+    slots = ops.batch.storage_rows(chosen.clamp(min=0).long(), batch.requests[:, None], batch.table, batch.page_size)
+    unused[slots[chosen >= 0]] = False
+    return chosen, unused
+
+
 @drawn
 @given(
     batches(400), st.integers(1, 17), st.integers(1, 80) | st.sampled_from([32, 64, 96, 512]),
@@ -230,20 +242,39 @@ def test_sparse_attention_equals_reference(isa: str, batch_rows, heads, c, r, k,
     torch.manual_seed(seed)
     rows = batch.borders[-1]
     tensors = [torch.randn(*s).to(dtype) for s in ((rows, heads, c), (rows, heads, r), (storage, c), (storage, r))]
-    chosen = torch.full((rows, k), -1, dtype=torch.int32)
-    for row, position in enumerate(batch.positions.tolist()):
-        some = torch.randperm(position + 1)[: torch.randint(1, k + 1, ())].sort().values
-        chosen[row, : len(some)] = some.int()
-    used = torch.zeros(storage, dtype=torch.bool)  # poison in what is not selected must not be read
-    slots = ops.batch.storage_rows(chosen.clamp(min=0).long(), batch.requests[:, None], batch.table, batch.page_size)
-    used[slots[chosen >= 0]] = True
-    poisoned = [*tensors[:2], *(t.masked_fill(~used[:, None], torch.nan) for t in tensors[2:])]
+    chosen, unused = draw_selection(batch, k, storage)  # poison in what is not selected must not be read
+    poisoned = [*tensors[:2], *(t.masked_fill(unused[:, None], torch.nan) for t in tensors[2:])]
     if together:  # as the cache keeps them: a row's latent and rope side by side
         poisoned[2:] = torch.cat(poisoned[2:], 1).split([c, r], 1)
     found = ops.sparse_attention(*poisoned, chosen, batch, 0.3).float()
     expected = reference.sparse_attention(*(t.float() for t in tensors), chosen, batch, 0.3)
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     assert float((found - expected).abs().max() / expected.abs().max().clamp(min=1)) < limit
+
+
+@drawn
+@given(
+    batches(400), st.integers(1, 17), st.integers(1, 80) | st.sampled_from([32, 64, 96]), st.integers(1, 24),
+    st.integers(1, 200), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_gradients_of_sparse_attention_equal_autograd_of_the_reference(
+    isa: str, batch_rows, heads, c, r, k, together, seed
+) -> None:
+    batch, storage = batch_rows
+    torch.manual_seed(seed)
+    rows = batch.borders[-1]
+    shapes = (rows, heads, c), (rows, heads, r), (storage, c), (storage, r)
+    tensors, grad = [torch.randn(*s) for s in shapes], torch.randn(rows, heads, c)
+    chosen, unused = draw_selection(batch, k, storage)
+    exact = [x.double().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(reference.sparse_attention(*exact, chosen, batch, 0.3), exact, grad.double())
+    poisoned = [*tensors[:2], *(t.masked_fill(unused[:, None], torch.nan) for t in tensors[2:])]
+    if together:
+        poisoned[2:] = torch.cat(poisoned[2:], 1).split([c, r], 1)
+    inputs = [x.detach().requires_grad_() for x in poisoned]
+    found = torch.autograd.grad(ops.sparse_attention(*inputs, chosen, batch, 0.3), inputs, grad)
+    for a, b in zip(found, expected, strict=True):
+        assert float((a - b).abs().max() / b.abs().max().clamp(min=1)) < 1e-5
 
 
 @drawn
@@ -284,8 +315,12 @@ def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, dtype: torch.dtyp
     whole = Batch.contiguous([count])
     chosen = ops.select(q, weights, keys, whole, k)
     attended = ops.sparse_attention(*latents, chosen, whole, 0.2)
+    rest = (attended, *latents, chosen, whole.requests, whole.table, 1, 0.2)
+    gradients = cpu.sparse_attention_backward(*rest) if dtype is torch.float32 else ()
     try:
         torch.set_num_threads(threads)
+        for a, b in zip(gradients, cpu.sparse_attention_backward(*rest) if gradients else (), strict=True):
+            assert torch.equal(a, b)
         assert torch.equal(ops.select(q, weights, keys, whole, k), chosen)
         assert torch.equal(ops.sparse_attention(*latents, chosen, whole, 0.2), attended)
         for row in (0, 63, 64, 1111, count - 1):

@@ -34,6 +34,7 @@ _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "f": ctypes.c_float, "p": ctyp
 _SIGNATURES = {  # of csrc's exported functions
     "select": "ippppqppqiiipi",
     "sparse_attention": "ipppqpqpppqqqiiiifpi",
+    "sparse_attention_backward": "ppppqpqpppqqqiiiifppppi",
     "experts": "ippppppqqqiiiipi",
     "experts_int8": "pppppppqiiiipi",
     "linear": "ipqqpqqiqiiipii",
@@ -86,6 +87,29 @@ class Library:
             torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def sparse_attention_backward(
+        self, grad: Tensor, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor,
+        requests: Tensor, table: Tensor, page_size: int, scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q_latent, q_rope, latent and rope, fp32; bits do not depend on the number of threads."""
+        grad, q_latent, q_rope = grad.contiguous(), q_latent.contiguous(), q_rope.contiguous()
+        latent, rope = (x if x.stride(1) == 1 else x.contiguous() for x in (latent, rope))
+        selection, requests, table = selection.int().contiguous(), requests.contiguous(), table.int().contiguous()
+        found = (
+            torch.empty_like(q_latent),
+            torch.empty_like(q_rope),
+            latent.new_zeros(latent.shape),
+            rope.new_zeros(rope.shape),
+        )
+        count, heads, c = q_latent.shape
+        self.handle.nanoglm_sparse_attention_backward(
+            grad.data_ptr(), q_latent.data_ptr(), q_rope.data_ptr(), latent.data_ptr(), latent.stride(0),
+            rope.data_ptr(), rope.stride(0), selection.data_ptr(), requests.data_ptr(), table.data_ptr(),
+            table.shape[1], page_size, count, heads, c, rope.shape[1], selection.shape[1], scale,
+            *(x.data_ptr() for x in found), torch.get_num_threads(),
+        )  # fmt: skip
+        return found
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Routed experts."""
@@ -328,6 +352,17 @@ def sparse_attention(
     if work := tally():
         work.rows_attended += int((selection >= 0).sum())
     return lib.sparse_attention(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+
+
+def sparse_attention_backward(
+    grad: Tensor, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor,
+    table: Tensor, page_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`nanoglm.ops.torch_tiled.sparse_attention_backward`; fp32 alone has a kernel."""
+    lib, floats = best(), (grad, q_latent, q_rope, latent, rope)
+    alike = all(x.dtype is torch.float32 for x in floats)
+    run = torch_tiled.sparse_attention_backward if lib is None or not alike else lib.sparse_attention_backward
+    return run(grad, q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
