@@ -106,7 +106,7 @@ def rejection(model: GLM, output: Output, sample: Sample, depths: int) -> tuple[
         rows = learnt.nonzero().squeeze(-1)
         loss = _nats(model, hidden[rows], target[rows])
         total, count = total + (reached[rows] * loss).sum(), count + len(rows)
-        reached[rows] *= (-loss.detach() - p_T[rows + 1 + depth]).exp().clamp(max=1)
+        reached[rows] *= (-loss.detach() - sample.later(p_T, 1 + depth)[0][rows]).exp().clamp(max=1)
     return total, count
 
 

@@ -113,7 +113,7 @@ def test_two_then_two(folder: Path, alone: dict[str, Tensor]) -> None:
 
 
 def test_another_run_and_damage_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"rate is 0\.1; expected 0\.003, with which the run began"):
+    with pytest.raises(InputError, match=r"rate is 0\.1; expected 0\.008, with which the run began"):
         train(build(), TEXT, replace(RECIPE, rate=0.1), Keep(checkpoint=folder / "two-two"))
     with pytest.raises(CheckpointError, match="holds another model"):
         other = GLM(GLMConfig.preset("tiny").replace(index_topk=8)).initialise(0)
