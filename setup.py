@@ -17,7 +17,16 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-SOURCES = ("select", "sparse_attention", "sparse_attention_backward", "experts", "experts_int8", "linear", "rows")
+SOURCES = (
+    "select",
+    "sparse_attention",
+    "sparse_attention_backward",
+    "indexer_kl",
+    "experts",
+    "experts_int8",
+    "linear",
+    "rows",
+)
 X86 = {
     "avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],

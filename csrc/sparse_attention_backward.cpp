@@ -7,7 +7,7 @@
 #include "selected.h"
 
 namespace {
-constexpr int CHUNK = 64, STRIPE = 64;  // keys that are gathered together; rows
+constexpr int CHUNK = 64;  // keys that are gathered together
 
 struct Problem : Selected {
   const float *grad, *q_latent, *q_rope, *latent, *rope;  // [T, H, C], [T, H, C], [T, H, R], [N, C], [N, R]
@@ -24,46 +24,9 @@ struct Scratch {  // of one thread
         d_weights((size_t)p.heads * (p.k + CHUNK)), q((size_t)p.heads * (p.c + p.r)), g((size_t)p.heads * p.c) {}
 };
 
-// Keys [begin, begin + n) of a row: as rows [CHUNK][wide], and as columns [group][wide][16], zeros behind the last.
-void gather(const Problem& p, const int32_t* rows, int n, Scratch& s, bool columns) {
-  const int wide = p.c + p.r, padded = (n + GROUP - 1) / GROUP * GROUP;
-  for (int j = 0; j < n; j++) {
-    memcpy(s.values.data + (size_t)j * wide, p.latent + rows[j] * p.latent_step, (size_t)p.c * 4);
-    memcpy(s.values.data + (size_t)j * wide + p.c, p.rope + rows[j] * p.rope_step, (size_t)p.r * 4);
-  }
-  if (!columns) return;
-  memset(s.values.data + (size_t)n * wide, 0, (size_t)(padded - n) * wide * 4);
-  for (int g = 0; g < padded / GROUP; g++)
-    for (int d = 0; d < wide; d++)
-      for (int l = 0; l < GROUP; l++) s.keys.data[((size_t)g * wide + d) * GROUP + l] = s.values.data[(size_t)(g * GROUP + l) * wide + d];
-}
-
-// out[h][16] = x[h] . each of a group's keys, over the first `dims` dims, for all heads.
-inline void products(const float* group, const float* x, int heads, int stride, int dims, float* out, int64_t step) {
-  for (int h = 0; h < heads; h += 4) {
-    const int some = std::min(4, heads - h);
-    vf dot[4][PARTS] = {};
-    if (some == 4) {
-      for (int d = 0; d < dims; d++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-          for (int v = 0; v < PARTS; v++) dot[i][v] += load(group + d * GROUP + v * LANES) * splat(x[(h + i) * stride + d]);
-    } else {
-      for (int i = 0; i < some; i++)
-        for (int d = 0; d < dims; d++)
-          for (int v = 0; v < PARTS; v++) dot[i][v] += load(group + d * GROUP + v * LANES) * splat(x[(h + i) * stride + d]);
-    }
-    for (int i = 0; i < some; i++)
-      for (int v = 0; v < PARTS; v++) store(out + (h + i) * step + v * LANES, dot[i][v]);
-  }
-}
-
-// y += a x
-inline void add(float* y, const float* x, float a, int n) {
-  int i = 0;
-  for (; i + LANES <= n; i += LANES) store(y + i, load(y + i) + load(x + i) * splat(a));
-  for (; i < n; i++) y[i] += x[i] * a;
+void keys_of(const Problem& p, const int32_t* rows, int n, float* values) {
+  gather(p.latent, p.latent_step, rows, n, p.c, values, p.c + p.r);
+  gather(p.rope, p.rope_step, rows, n, p.r, values + p.c, p.c + p.r);
 }
 
 // One row: gradients of its queries, and into `kept` [key][2][heads] the weights and the gradients of scores.
@@ -79,7 +42,8 @@ void row(const Problem& p, int64_t t, const int32_t* rows, int valid, Scratch& s
   float* d_q_rope = p.d_q_rope + t * H * p.r;
   for (int begin = 0; begin < valid; begin += CHUNK) {
     const int n = std::min(CHUNK, valid - begin);
-    gather(p, rows + begin, n, s, true);
+    keys_of(p, rows + begin, n, s.values.data);
+    turn(s.values.data, n, wide, s.keys.data);
     for (int group = 0; group * GROUP < n; group++) {
       const float* keys = s.keys.data + (size_t)group * wide * GROUP;
       products(keys, s.q.data, H, wide, wide, s.scores.data + begin + group * GROUP, step);
@@ -116,7 +80,7 @@ void row(const Problem& p, int64_t t, const int32_t* rows, int valid, Scratch& s
   memset(d_q_rope, 0, (size_t)H * p.r * 4);
   for (int begin = 0; begin < valid; begin += CHUNK) {
     const int n = std::min(CHUNK, valid - begin);
-    gather(p, rows + begin, n, s, false);
+    keys_of(p, rows + begin, n, s.values.data);
     for (int h = 0; h < H; h++) {
       const float* d = s.d_weights.data + h * step + begin;
       int i = 0;
@@ -171,11 +135,8 @@ EXPORT void nanoglm_sparse_attention_backward(const float* grad, const float* q_
 #pragma omp parallel num_threads(threads)
   {
     Scratch s(p);
-#ifdef _OPENMP
-    const int me = omp_get_thread_num(), all = omp_get_num_threads();
-#else
-    const int me = 0, all = 1;
-#endif
+    int me, all;
+    team(me, all);
     for (int64_t first = 0; first < count; first += STRIPE) {
       const int some = (int)std::min<int64_t>(STRIPE, count - first);
 #pragma omp for schedule(dynamic, 1)

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from nanoglm.errors import InputError
-from nanoglm.ops import cpu, torch_tiled
+from nanoglm.ops import cpu, kl, torch_tiled
 from nanoglm.ops.batch import Batch
 from nanoglm.ops.cpu import quantise
+from nanoglm.ops.kl import attention as attention_of
 from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu, wide
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
-    "Batch", "Work", "cache_append", "count_work", "dense_attention", "experts", "experts_int8", "headwise",
-    "index_append", "index_pool", "linear", "linear_fp32", "mlp", "quantise", "rms_norm", "rotate", "select", "sigmoid",
-    "silu", "sparse_attention", "top", "wide",
+    "Batch", "Work", "attention_of", "cache_append", "count_work", "dense_attention", "experts", "experts_int8",
+    "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise", "rms_norm",
+    "rotate", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
 ]  # fmt: skip
 
 
@@ -173,6 +174,36 @@ def sparse_attention(
     """
     run = cpu.sparse_attention if cpu.direct(q_latent, q_rope, latent, rope) else _sparse_attention
     return run(q_latent, q_rope, latent, rope, selection, batch.requests, batch.table, batch.page_size, scale)
+
+
+# ------------------------------------------------------------------------------ the indexers' loss
+@torch.library.custom_op("nanoglm::indexer_kl", mutates_args=())
+def _indexer_kl(
+    q: Tensor, weights: Tensor, keys: Tensor, queries: Sequence[Tensor], teacher_keys: Sequence[Tensor], length: int,
+    before: int, scale: float, selection: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return kl.indexer_kl(q, weights, keys, queries, teacher_keys, length, before, scale, selection)
+
+
+_indexer_kl.register_kernel("cpu")(cpu.indexer_kl)
+
+
+@_indexer_kl.register_fake
+def _(q: Tensor, weights: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    grads = [torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (q, weights, keys)]
+    return grads[0].new_empty(()), *grads
+
+
+def indexer_kl(
+    q: Tensor, weights: Tensor, keys: Tensor, queries: Sequence[Tensor], teacher_keys: Sequence[Tensor], length: int,
+    before: int, scale: float, selection: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """KL(p || softmax(I)) of index scores I against teachers' attention p, with its gradients by q, weights and keys;
+    see :func:`nanoglm.ops.kl.indexer_kl`, which is also its plain form. Nothing of it is differentiable."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _indexer_kl(
+        q.detach(), weights.detach(), keys.detach(), list(queries), list(teacher_keys), length, before, scale, selection
+    )
+    return found
 
 
 # ------------------------------------------------------------------------------ experts

@@ -18,8 +18,6 @@ from nanoglm.model.indexer import IndexerInputs
 from nanoglm.train.data import IGNORE, Sample
 from nanoglm.train.recipe import Drafts
 
-CHUNK_ELEMENTS = 1 << 24  # of scores held at once
-
 
 def cross_entropy(model: GLM, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, int]:
     """Next-token loss in nats; targets of -100 count nothing."""
@@ -184,87 +182,18 @@ def indexer_kl(
 
 
 class _IndexerKL(torch.autograd.Function):
-    """The loss with its gradient, d/dI = softmax(I) - p, in one pass over the rows."""
+    """The loss with its gradient, which comes with it."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, weights: Tensor, keys: Tensor, served: Sequence[tuple[Tensor, Tensor]], length: int,
         scale: float, selection: Tensor | None, before: int,
     ) -> Tensor:  # fmt: skip
-        q, w = (_wide(x).unflatten(0, (-1, length)) for x in (q, weights))
-        k = _wide(keys).unflatten(0, (-1, before + length))
-        teachers = [(_wide(x).unflatten(0, (-1, length)), _wide(y).unflatten(0, k.shape[:2])) for x, y in served]
-        chosen = None if selection is None else selection.unflatten(0, (-1, length)).long()
-        step = max(1, CHUNK_ELEMENTS // (q.shape[0] * _row(q, teachers, before + length, chosen)))
-        total, (dq, dw, dk) = q.new_zeros(()), (torch.zeros_like(x) for x in (q, w, k))
-        sequence = torch.arange(q.shape[0], device=q.device)[:, None, None]
-        positions = torch.arange(before + length, device=q.device)
-        for begin in range(0, length, step):
-            end = min(begin + step, length)
-            if chosen is None:
-                mask, at = (positions[: before + end] <= positions[before + begin : before + end, None])[None], None
-                seen = k[:, None, : before + end]  # [B, 1, S, I]
-            else:
-                at = chosen[:, begin:end]
-                mask, at = at >= 0, at.clamp(min=0)
-                seen = k[sequence, at]  # [B, t, K, I]
-            dots = (q[:, begin:end] @ seen.mT).relu()  # [B, t, J, S]
-            scores = (w[:, begin:end, None] @ dots).squeeze(2)
-            log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
-            p = attention(teachers, begin, end, scale, mask, at)
-            total += torch.where(p > 0, p * (p.clamp(min=1e-30).log() - log_q), 0.0).sum()
-            d = log_q.exp() - p  # both 0 where nothing is seen
-            dw[:, begin:end] = (dots @ d[..., None]).squeeze(-1)
-            d_dots = d[:, :, None] * w[:, begin:end, :, None] * (dots > 0)
-            dq[:, begin:end] = d_dots @ seen
-            if at is None:
-                dk[:, : before + end] += d_dots.flatten(1, 2).mT @ q[:, begin:end].flatten(1, 2)
-            else:
-                rows = (at + sequence * k.shape[1]).flatten()
-                dk.flatten(0, 1).index_add_(0, rows, (d_dots.mT @ q[:, begin:end]).flatten(0, 2))
-        ctx.save_for_backward(*(x.flatten(0, 1).to(y.dtype) for x, y in ((dq, q), (dw, w), (dk, k))))
+        queries, teacher_keys = ([pair[i] for pair in served] for i in (0, 1))
+        total, *grads = ops.indexer_kl(q, weights, keys, queries, teacher_keys, length, before, scale, selection)
+        ctx.save_for_backward(*(grad.to(x.dtype) for grad, x in zip(grads, (q, weights, keys), strict=True)))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad * x for x in ctx.saved_tensors), None, None, None, None, None
-
-
-def attention(
-    teachers: Sequence[tuple[Tensor, Tensor]], begin: int, end: int, scale: float, mask: Tensor, at: Tensor | None
-) -> Tensor:
-    """Mean over layers and heads of the attention of rows [begin, end) to what they see: [B, t, S or K].
-
-    Args:
-        teachers: per layer queries [B, L, H, A] and keys [B, L, H, A], or [B, L, A] if all heads share them.
-        mask: which of the first S keys, or of the K places of ``at``, a row sees.
-        at: positions of K selected keys, [B, t, K]; the first S if None.
-    """
-    mean: Tensor | None = None
-    for queries, keys in teachers:
-        if keys.ndim == 3 and at is not None:  # one key for all heads: gather those that are selected
-            sequence = torch.arange(len(keys), device=keys.device)[:, None, None]
-            logits = (queries[:, begin:end] @ keys[sequence, at].mT).transpose(1, 2)  # [B, H, t, K]
-        else:
-            q = queries[:, begin:end].transpose(1, 2)  # [B, H, t, A]
-            k = keys[:, None] if keys.ndim == 3 else keys.transpose(1, 2)
-            logits = q @ k[:, :, : mask.shape[-1] if at is None else None].mT
-            if at is not None:
-                logits = logits.gather(-1, at[:, None].expand(*logits.shape[:3], -1))
-        p = (logits * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1) / len(teachers)
-        mean = p if mean is None else mean + p
-    assert mean is not None
-    return mean
-
-
-def _row(q: Tensor, teachers: Sequence[tuple[Tensor, Tensor]], length: int, chosen: Tensor | None) -> int:
-    """The most elements that one row of a chunk takes: scores of every head, or the keys that it gathered."""
-    heads = max(q.shape[2], *(x.shape[2] for x, _ in teachers))
-    if chosen is None or any(keys.ndim == 4 for _, keys in teachers):
-        return length * heads
-    return chosen.shape[2] * max(heads, q.shape[3], *(x.shape[3] for x, _ in teachers))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In fp32, or as it is if wider."""
-    return ops.wide(x.detach())

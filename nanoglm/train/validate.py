@@ -113,7 +113,7 @@ def _indexers(model: GLM, tape: Tape, sample: Sample) -> tuple[list[float], list
             rows = selection_TK[config.index_topk :].long()
             for other in served:
                 q_THA, k_SHA = (x[None, :length] for x in tape.attention[other])
-                (p_TS,) = losses.attention(
+                (p_TS,) = ops.attention_of(
                     [(q_THA, k_SHA)], 0, length, config.qk_head_dim**-0.5, visible_TS[None], None
                 )
                 masses.append(float(p_TS[config.index_topk :].gather(1, rows).sum(1).mean()))

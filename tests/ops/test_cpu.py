@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoglm import ops
 from nanoglm.cache import PAGE
-from nanoglm.ops import Batch, count_work, cpu, reference, torch_tiled
+from nanoglm.ops import Batch, count_work, cpu, kl, reference, torch_tiled
 
 BUILT = [name for name in cpu.SETS if isinstance(cpu.library(name), cpu.Library)]
 pytestmark = pytest.mark.skipif(not BUILT, reason="no C++ kernels: there was no compiler at installation")
@@ -279,6 +279,35 @@ def test_gradients_of_sparse_attention_equal_autograd_of_the_reference(
 
 @drawn
 @given(
+    st.integers(1, 3), st.integers(1, 90), st.integers(0, 70), st.integers(1, 100), st.integers(1, 9),
+    st.integers(1, 40), st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_indexer_kl_equals_torchs_in_fp64(
+    isa: str, sequences, length, before, k, index_heads, dim, heads, main_dim, teachers, seed
+) -> None:
+    torch.manual_seed(seed)
+    rows, keys = sequences * length, sequences * (before + length)
+    chosen = torch.full((rows, k), -1, dtype=torch.int32)
+    for row in range(rows):
+        some = torch.randperm(before + row % length + 1)[: torch.randint(1, k + 1, ())].sort().values
+        chosen[row, : len(some)] = some.int()
+    inputs = torch.randn(rows, index_heads, dim), torch.randn(rows, index_heads), torch.randn(keys, dim)
+    main = [torch.randn(rows, heads, main_dim) for _ in range(teachers)]
+    main_keys = [torch.randn(keys, main_dim) for _ in range(teachers)]
+    rest = length, before, 0.3, chosen
+    found = ops.indexer_kl(*inputs, main, main_keys, *rest)
+    wide = [[x.double() for x in each] for each in (inputs, main, main_keys)]
+    # A product near 0 may fall on the other side of the ReLU, whose gradient jumps there.
+    q, _, k_ = wide[0]
+    exact = kl.indexer_kl(*wide[0], wide[1], wide[2], *rest)
+    assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-5, abs=1e-5)
+    near = (torch.einsum("tji,si->tjs", q, k_).abs() < 1e-6).any()
+    for a, b in zip(found[1:], () if near else exact[1:], strict=not near):
+        assert float((a - b).abs().max() / b.abs().max().clamp(min=1)) < 1e-5
+
+
+@drawn
+@given(
     st.integers(1, 60), st.integers(1, 70), st.integers(1, 50), st.integers(1, 9), st.data(), DTYPES, st.integers(0, 99)
 )
 def test_experts_equal_reference(isa: str, tokens, dim, width, count, data, dtype, seed) -> None:
@@ -315,12 +344,19 @@ def test_bits_do_not_depend_on_threads_or_neighbours(isa: str, dtype: torch.dtyp
     whole = Batch.contiguous([count])
     chosen = ops.select(q, weights, keys, whole, k)
     attended = ops.sparse_attention(*latents, chosen, whole, 0.2)
-    rest = (attended, *latents, chosen, whole.requests, whole.table, 1, 0.2)
-    gradients = cpu.sparse_attention_backward(*rest) if dtype is torch.float32 else ()
+
+    def gradients() -> tuple[Tensor, ...]:
+        if dtype is not torch.float32:
+            return ()
+        both = torch.cat([latents[0], latents[1]], -1), torch.cat([latents[2], latents[3]], -1)
+        rest = attended, *latents, chosen, whole.requests, whole.table, 1, 0.2
+        kl = cpu.indexer_kl(q, weights, keys, both[:1], both[1:], count, 0, 0.2, chosen)
+        return *cpu.sparse_attention_backward(*rest), *kl
+
+    before_them = gradients()
     try:
         torch.set_num_threads(threads)
-        for a, b in zip(gradients, cpu.sparse_attention_backward(*rest) if gradients else (), strict=True):
-            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), before_them, strict=True))
         assert torch.equal(ops.select(q, weights, keys, whole, k), chosen)
         assert torch.equal(ops.sparse_attention(*latents, chosen, whole, 0.2), attended)
         for row in (0, 63, 64, 1111, count - 1):

@@ -13,7 +13,7 @@ from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.model import GLM, Attention, BatchStore, Output, Tape
 from nanoglm.model.indexer import IndexerInputs
-from nanoglm.ops import Batch
+from nanoglm.ops import Batch, kl
 from nanoglm.train import losses
 from nanoglm.train.data import Sample
 from nanoglm.train.objective import indexer_loss
@@ -293,7 +293,7 @@ def test_kl_in_chunks_is_the_whole_to_fp64(monkeypatch: pytest.MonkeyPatch, sele
     chosen = selection if selected else None
     whole, _ = losses.indexer_kl(wide, teachers, L, SCALE, chosen)
     assert whole.item() == pytest.approx(kl_by_hand(wide, expanded, chosen).item(), rel=1e-9)
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(kl, "CHUNK_ELEMENTS", 1)
     parts, _ = losses.indexer_kl(wide, teachers, L, SCALE, chosen)
     assert parts.item() == pytest.approx(whole.item(), rel=1e-12)
     for a, b in zip(torch.autograd.grad(whole, list(wide)), torch.autograd.grad(parts, list(wide)), strict=True):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoglm.ops import torch_tiled
+from nanoglm.ops import kl, torch_tiled
 from nanoglm.ops.batch import storage_rows
 from nanoglm.ops.work import tally
 
@@ -35,6 +35,7 @@ _SIGNATURES = {  # of csrc's exported functions
     "select": "ippppqppqiiipi",
     "sparse_attention": "ipppqpqpppqqqiiiifpi",
     "sparse_attention_backward": "ppppqpqpppqqqiiiifppppi",
+    "indexer_kl": "pppqpiippiiiiqqfppppi",
     "experts": "ippppppqqqiiiipi",
     "experts_int8": "pppppppqiiiipi",
     "linear": "ipqqpqqiqiiipii",
@@ -110,6 +111,24 @@ class Library:
             *(x.data_ptr() for x in found), torch.get_num_threads(),
         )  # fmt: skip
         return found
+
+    def indexer_kl(
+        self, q: Tensor, weights: Tensor, keys: Tensor, queries: Sequence[Tensor], teacher_keys: Sequence[Tensor],
+        length: int, before: int, scale: float, selection: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Over a Selection, keys shared by the teachers' heads, fp32; bits do not depend on how many threads run."""
+        q, weights, keys, selection = (x.contiguous() for x in (q, weights, keys, selection.int()))
+        queries, teacher_keys = ([x.contiguous() for x in each] for each in (queries, teacher_keys))
+        grads = torch.empty_like(q), torch.empty_like(weights), torch.zeros_like(keys)
+        sums = q.new_empty(q.shape[0], dtype=torch.float64)
+        (count, heads, dim), (_, main_heads, main_dim) = q.shape, queries[0].shape
+        self.handle.nanoglm_indexer_kl(
+            q.data_ptr(), weights.data_ptr(), keys.data_ptr(), count, selection.data_ptr(), heads, dim,
+            *(_longs([x.data_ptr() for x in each]) for each in (queries, teacher_keys)), len(queries), main_heads,
+            main_dim, selection.shape[1], length, before + length, scale, *(x.data_ptr() for x in (sums, *grads)),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return sums.sum().float(), *grads
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """Routed experts."""
@@ -363,6 +382,18 @@ def sparse_attention_backward(
     alike = all(x.dtype is torch.float32 for x in floats)
     run = torch_tiled.sparse_attention_backward if lib is None or not alike else lib.sparse_attention_backward
     return run(grad, q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+
+
+def indexer_kl(
+    q: Tensor, weights: Tensor, keys: Tensor, queries: Sequence[Tensor], teacher_keys: Sequence[Tensor], length: int,
+    before: int, scale: float, selection: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`nanoglm.ops.kl.indexer_kl`; fp32 over a Selection with absorbed teachers has a kernel."""
+    lib = best()
+    alike = all(x.dtype is torch.float32 for x in (q, weights, keys, *queries, *teacher_keys))
+    if lib is None or selection is None or not alike or any(x.ndim == 3 for x in teacher_keys):
+        return kl.indexer_kl(q, weights, keys, queries, teacher_keys, length, before, scale, selection)
+    return lib.indexer_kl(q, weights, keys, queries, teacher_keys, length, before, scale, selection)
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
