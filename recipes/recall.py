@@ -3,15 +3,26 @@
 nanoglm train recipes/recall.py --text NOVELS --out runs/recall
 """
 
-from nanoglm.train.recipe import Recipe, dense, indexer_warmup, sparse, tasks
+from dataclasses import replace
+
+from nanoglm.train.recipe import Recipe, Stage, dense, indexer_warmup, sparse, tasks
+
+STEPS = 1150
 
 
 def recipe() -> Recipe:
-    """Pairs alone until matching works, then all tasks at 512, selecting 16, where the test selects 64 of 64K."""
+    """Pairs alone until matching works, then all tasks; selecting 16 of 512, where the test selects 64 of 64K."""
     return Recipe(
-        "recall", steps=4000, tokens=1024, warmup=20, optimizer="muon", rate=4e-3, weight_decay=0.01,
+        "recall", steps=STEPS, tokens=1024, warmup=20, optimizer="muon", rate=1e-3, floor=1.0, weight_decay=0.01,
+        shared=0.06, late=1.0,
         stages=tasks(
-            dense(0.1, 16), dense(0.15, 32), dense(0.15, 128), dense(0.1, 512), indexer_warmup(0.1, 512),
-            sparse(0.4, 512, 2), topk=16,
+            at(3.0, dense(200 / STEPS, 16)), at(3.0, dense(150 / STEPS, 32)), at(2.5, dense(175 / STEPS, 128)),
+            at(2.0, dense(225 / STEPS, 512)), indexer_warmup(100 / STEPS, 256), at(1.5, sparse(300 / STEPS, 512, 2)),
+            topk=16,
         ),
     )  # fmt: skip
+
+
+def at(rate: float, stage: Stage) -> Stage:
+    """The stage at so many times the recipe's rate."""
+    return replace(stage, rate=rate)
