@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanoglm.train.recipe import Recipe, Stage, dense, indexer_warmup, sparse, tasks
 
-STEPS = 1150
+STEPS = 1770
 
 
 def recipe() -> Recipe:
@@ -16,9 +16,9 @@ def recipe() -> Recipe:
         "recall", steps=STEPS, tokens=1024, warmup=20, optimizer="muon", rate=1e-3, floor=1.0, weight_decay=0.01,
         shared=0.06, late=1.0,
         stages=tasks(
-            at(3.0, dense(200 / STEPS, 16)), at(3.0, dense(150 / STEPS, 32)), at(2.5, dense(175 / STEPS, 128)),
-            at(2.0, dense(225 / STEPS, 512)), indexer_warmup(100 / STEPS, 256), at(1.5, sparse(300 / STEPS, 512, 2)),
-            topk=16,
+            at(3.0, dense(200 / STEPS, 16)), at(3.0, dense(150 / STEPS, 32)), at(2.5, dense(200 / STEPS, 128)),
+            at(2.0, dense(300 / STEPS, 512)), at(1.0, dense(250 / STEPS, 512)), indexer_warmup(120 / STEPS, 512),
+            at(1.0, sparse(400 / STEPS, 512, 2)), at(0.4, sparse(150 / STEPS, 512, 2)), topk=16,
         ),
     )  # fmt: skip
 
