@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanoglm.train.recipe import Recipe, Stage, dense, indexer_warmup, sparse, tasks
 
-STEPS = 1770
+STEPS = 1850
 
 
 def recipe() -> Recipe:
@@ -17,8 +17,8 @@ def recipe() -> Recipe:
         shared=0.06, late=1.0,
         stages=tasks(
             at(3.0, dense(200 / STEPS, 16)), at(3.0, dense(150 / STEPS, 32)), at(2.5, dense(200 / STEPS, 128)),
-            at(2.0, dense(300 / STEPS, 512)), at(1.0, dense(250 / STEPS, 512)), indexer_warmup(120 / STEPS, 512),
-            at(1.0, sparse(400 / STEPS, 512, 2)), at(0.4, sparse(150 / STEPS, 512, 2)), topk=16,
+            at(2.0, dense(500 / STEPS, 512)), at(0.8, dense(350 / STEPS, 512)), indexer_warmup(200 / STEPS, 512),
+            at(0.5, sparse(250 / STEPS, 512, 1)), topk=16,
         ),
     )  # fmt: skip
 

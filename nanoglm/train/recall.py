@@ -22,7 +22,7 @@ from nanoglm.tasks import ASK, KEYS, TEXT, VALUES, Task, draw
 from nanoglm.train.data import IGNORE, Sample, Tokens
 
 SHORT = 64  # below: pairs and questions alone
-MIX: dict[Task | None, float] = {"recall": 0.35, "multikey": 0.4, "needle": 0.15, None: 0.1}  # None: plain text
+MIX: dict[Task | None, float] = {"recall": 0.6, "multikey": 0.15, "needle": 0.15, None: 0.1}  # None: plain text
 PIECES = 8  # of a sequence, at most
 REACH = 1 << 20  # the largest distance
 
