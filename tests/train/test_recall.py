@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanoglm.api import load
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
@@ -219,9 +220,19 @@ def test_pairs_are_learnt(tmp_path: Any) -> None:
 
 def test_a_run_on_tasks_leaves_a_model_without_tokenizer(tmp_path: Any) -> None:
     stages = tasks(dense(0.4, 16), indexer_warmup(0.2, 64), sparse(0.4, 64, 1), topk=8)
-    recipe = Recipe("tiny", steps=5, tokens=64, stages=stages)
+    recipe = Recipe("tiny", steps=5, tokens=64, stages=stages, shared=0.5)
     run(Corpus(byte_tokenizer(), TEXT, TEXT), recipe, tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "config.json", "model.safetensors", "train.jsonl",
     ]  # fmt: skip
-    assert GLMConfig.from_file(tmp_path / "out").vocab_size == 2048
+    model = load(tmp_path / "out")
+    assert model.config.vocab_size == 2048
+    assert abs(float(model.module.model.embed_tokens.weight.mean()) - 0.5) < 0.05
+
+
+def test_a_shared_direction_is_of_embeddings_alone() -> None:
+    config = GLMConfig.preset("tiny")
+    plain, begun = (GLM(config).initialise(3, shared).state_dict() for shared in (0.0, 0.25))
+    for name, value in plain.items():
+        more = 0.25 if name == "model.embed_tokens.weight" else 0.0
+        torch.testing.assert_close(begun[name], value + more, rtol=0, atol=1e-6)
