@@ -95,9 +95,9 @@ class Batch:
         return self.positions if self.rope_positions is None else self.rope_positions
 
     def ordered(self, rows: Tensor) -> Tensor:
-        """Storage rows [N, ...] as those of all tokens of each request in turn, [sum of lengths, ...]. For pages of one
-        row; if there are no others than the batch's own, they stand in that order."""
-        return rows if len(rows) == len(self.positions) else rows[self._keys]
+        """Storage rows [N, ...] as those of all tokens of each request in turn, [sum of lengths, ...], if pages are
+        single rows (the batch's own alone stand in that order already); a cache's stay as they lie."""
+        return rows if self.page_size != 1 or len(rows) == len(self.positions) else rows[self._keys]
 
     @cached_property  # every layer asks
     def _keys(self) -> Tensor:
