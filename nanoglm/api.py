@@ -54,6 +54,11 @@ class Model:
             raise InputError(f"model has no {TOKENIZER_FILE}; expected token ids instead of text")
         return self._tokenizer
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one."""
+        return self._tokenizer is not None
+
     @torch.no_grad()
     def logits(
         self,
@@ -128,7 +133,7 @@ class Model:
         """
         if self._recording is None and self._replayed is None:
             return (piece for _, piece in self.start([prompt], params, stop=stop, drafts=drafts))
-        params, text = self._ending(params), _Text(self.tokenizer, stop)
+        params, text = self._ending(params), TextUntil(self.tokenizer, stop)
         ids = self.tokenizer.encode(prompt)
         check_prompt(self.module, ids, params.max_tokens)
         replay = self._next_replayed()
@@ -293,7 +298,7 @@ class Generation:
         self, model: Model, prompts: Sequence[str], params: SamplingParams, stop: Sequence[str],
         drafts: int | Literal["auto"],
     ) -> None:  # fmt: skip
-        self._texts = [_Text(model.tokenizer, stop) for _ in prompts]
+        self._texts = [TextUntil(model.tokenizer, stop) for _ in prompts]
         ids = [model.tokenizer.encode(prompt) for prompt in prompts]
         for prompt in ids:
             check_prompt(model.module, prompt, params.max_tokens)
@@ -321,7 +326,7 @@ class Generation:
         return 1 + sum(sum(r.accepted) for r in self.requests) / max(1, verified)
 
 
-class _Text:
+class TextUntil:
     """A continuation's text, up to the first of the stop texts; what may be the beginning of one is held back."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:

@@ -145,7 +145,9 @@ class Engine:
         common = self.most_drafts if self.depth is None else self.depth.choose(going)
         depths = {r: common if r.depth is None else r.depth.choose(1) for r in requests if r.drafting}
         # Where nothing is drafted, entries wait until there are many to write at once.
-        late = [r for r in requests if r.computed - r.entries >= LATE or (r.finish is not None and self.prefix)]
+        late = [
+            r for r in requests if r.computed - r.entries >= LATE or (r.finish is not None and self.prefix is not None)
+        ]
         self.runner.draft([r for r in requests if depths.get(r) or r in late], depths)
         alike = all(r.depth is None and len(r.outputs) > 1 for r in requests)
         if self.depth is not None and alike and (common or not late):
@@ -188,7 +190,7 @@ class Engine:
             AssertionError: with what is wrong.
         """
         handles = [r.handle for r in self.scheduler.running if r.handle is not None]
-        (self.prefix or PrefixCache(self.cache)).check(handles)
+        (PrefixCache(self.cache) if self.prefix is None else self.prefix).check(handles)
         for request in self.scheduler.running:
             assert request.handle is not None and self.cache.length(request.handle) == request.computed
         assert all(request.handle is None for request in self.scheduler.waiting)

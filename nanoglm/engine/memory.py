@@ -1,0 +1,64 @@
+"""How a byte budget is shared out: weights, what a step needs, and pages for all that is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanoglm.cache import PAGE, PagedCache
+from nanoglm.errors import InputError
+from nanoglm.model import GLM
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each part, and how many pages of 64 tokens there are."""
+
+    weights: int
+    workspace: int
+    page: int
+    pages: int
+
+    @property
+    def tokens(self) -> int:
+        """How many fit."""
+        return self.pages * PAGE
+
+    def __str__(self) -> str:
+        return (
+            f"weights {self.weights / 1e9:.3g} GB, workspace {self.workspace / 1e9:.3g} GB, cache "
+            f"{self.pages * self.page / 1e9:.3g} GB: {self.pages:,} pages, {self.tokens:,} tokens"
+        )
+
+
+def share(
+    model: GLM, total: float, *, budget: int = 1024, most: int = 64, drafts: int = 0,
+    index_dtype: torch.dtype | None = None,
+) -> Memory:  # fmt: skip
+    """What an engine may take of ``total`` bytes; budget, most and drafts as :class:`Engine` takes them.
+
+    Raises:
+        InputError: no page fits.
+    """
+    config, weight = model.config, model.lm_head.weight
+    weights = sum({t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
+    page = (
+        PagedCache(config, 1, dtype=weight.dtype, index_dtype=index_dtype, device=weight.device).bytes_per_token * PAGE
+    )
+    active = config.num_experts_per_tok + config.n_shared_experts
+    width = max(config.intermediate_size, config.moe_intermediate_size * active)
+    row = (
+        8 * config.hidden_size
+        + config.num_attention_heads * (2 * config.qk_head_dim + 2 * config.kv_lora_rank + config.v_head_dim)
+        + config.q_lora_rank + config.index_n_heads * config.index_head_dim + 2 * config.index_topk + 3 * width
+    )  # fmt: skip
+    logits = 3 * most * (drafts + 1) * config.vocab_size
+    workspace = 4 * (budget * row + logits)  # in fp32 at most
+    pages = int((total - weights - workspace) // page)
+    if pages < 1:
+        raise InputError(
+            f"memory is {total / 1e9:.3g} GB; expected more than {(weights + workspace + page) / 1e9:.3g} GB: weights "
+            f"{weights / 1e9:.3g}, workspace {workspace / 1e9:.3g} and one page"
+        )
+    return Memory(weights, workspace, page, pages)

@@ -1,0 +1,72 @@
+"""The offline front: texts and tokens, stop texts, several continuations, known prefixes, a budget of memory."""
+
+from __future__ import annotations
+
+import pytest
+
+import nanoglm
+from nanoglm.engine import SamplingParams, generate
+from nanoglm.engine.memory import share
+from nanoglm.errors import InputError
+from nanoglm.llm import LLM
+
+PROMPTS = ["It was", "She said that", "x"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("tiny", memory="50MB")
+
+
+def test_texts_are_the_plain_loops(llm: LLM) -> None:
+    model = llm.model
+    params = SamplingParams(20, stop_ids=model.config.eos_token_id)
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, SamplingParams(20)), strict=True):
+        ids = model.tokenizer.encode(prompt)
+        expected = list(generate(model.module, ids, params))
+        (one,) = output.outputs
+        assert (output.prompt, list(output.prompt_token_ids), list(one.token_ids)) == (prompt, ids, expected)
+        assert one.text == model.tokenizer.decode(expected)
+        assert one.finish_reason == ("length" if len(expected) == 20 else "stop")
+    (by_ids,) = llm.generate([model.tokenizer.encode("It was")], SamplingParams(20))
+    assert by_ids.outputs[0].token_ids == llm.generate("It was", SamplingParams(20))[0].outputs[0].token_ids
+
+
+def test_several_continuations_differ_by_seed(llm: LLM) -> None:
+    (output,) = llm.generate("abc", SamplingParams(10, 1.0, seed=3), n=3)
+    texts = [one.token_ids for one in output.outputs]
+    assert len(set(texts)) == 3 and [one.index for one in output.outputs] == [0, 1, 2]
+    assert llm.generate("abc", SamplingParams(10, 1.0, seed=4))[0].outputs[0].token_ids == texts[1]
+
+
+def test_a_stop_text_ends(llm: LLM) -> None:
+    whole = llm.generate("abc", SamplingParams(60, 1.0, seed=4))[0].outputs[0].text
+    (one,) = llm.generate("abc", SamplingParams(60, 1.0, seed=4), stop=[whole[10:13]])[0].outputs
+    assert one.text == whole[: whole.index(whole[10:13])] and one.finish_reason == "stop"
+
+
+def test_prefixes_are_known_from_call_to_call(llm: LLM) -> None:
+    text = "the same beginning " * 20
+    llm.generate(text + "one", SamplingParams(2))
+    assert llm.engine.prefix is not None
+    before = llm.engine.prefix.hits
+    llm.generate(text + "two", SamplingParams(2))
+    assert llm.engine.prefix.hits - before >= 320
+
+
+def test_what_cannot_run_changes_nothing(llm: LLM) -> None:
+    with pytest.raises(InputError, match="prompt is empty"):
+        llm.generate([[1, 2], []])
+    assert not llm.engine.busy
+    with pytest.raises(InputError, match="n is 0; expected at least 1"):
+        llm.generate("a", n=0)
+
+
+def test_memory_is_shared_out() -> None:
+    model = nanoglm.load("tiny").module
+    memory = share(model, 50e6)
+    assert memory.weights == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
+    assert memory.weights + memory.workspace + memory.pages * memory.page <= 50e6
+    assert str(memory).endswith(f"{memory.pages:,} pages, {64 * memory.pages:,} tokens")
+    with pytest.raises(InputError, match=r"memory is 0\.001 GB; expected more than .* GB: weights .*, workspace"):
+        share(model, 1e6)
