@@ -14,9 +14,11 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from tyro.conf import subcommand
 
+from nanoglm.api import load
 from nanoglm.bench import decode as decoding
 from nanoglm.bench import ops, versus
 from nanoglm.bench import prefill as prefilling
+from nanoglm.bench.engine import bench_engine
 from nanoglm.bench.report import report as write_report
 from nanoglm.bench.result import COLUMNS, Result, check_out
 from nanoglm.bench.step import bench_train
@@ -114,6 +116,32 @@ def train(
     _finish(result, out)
 
 
+def engine(
+    requests: tuple[int, ...] = (1, 2, 4, 8),
+    model: str | None = None,
+    prompt: int = 64,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    rounds: int = 7,
+    out: Path | None = None,
+) -> None:
+    """Many requests at once, with and without drafts, in turns with the plain loop.
+
+    Args:
+        requests: How many come at once.
+        model: A checkpoint directory or a preset; the bundled model if left out.
+        prompt: Tokens of a prompt.
+        tokens: To generate for each.
+        temperature: 0 is greedy.
+        rounds: At least 3.
+        out: The JSON file to write.
+    """
+    check_out(out)
+    with _progress() as tell:
+        result = bench_engine(load(model), requests, prompt, tokens, temperature, rounds, tell)
+    _finish(result, out)
+
+
 def report(files: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("docs/performance.md")) -> None:
     """A page of tables and plots from what the others wrote.
 
@@ -132,7 +160,7 @@ def _verb(name: str, run: Any) -> Any:
 # What tyro reads nested subcommands from.
 Verb = (
     _verb("ops", ops_) | _verb("prefill", prefill) | _verb("decode", decode) | _verb("train", train)
-    | _verb("report", report)
+    | _verb("engine", engine) | _verb("report", report)
 )  # fmt: skip
 
 

@@ -109,6 +109,17 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("times ours", "times", ".1f", "prefill seconds over ours with the same memory setting"),
         Column("times bound", "most", ".1f", "over all our operations at the rate of plain bf16 products, in this run"),
     ),
+    "engine": (
+        Column("requests", "requests", ",", "that come at once"),
+        Column("way", "way", "", "plain loop: one after another; engine: together, without drafts; then with"),
+        Column("tokens/s", "rate", ",.1f", "of all requests, median of the rounds"),
+        *_SPREAD,
+        Column("first ms", "first", ",.4g", "to a request's first token, median of the requests"),
+        Column("between ms", "between", ",.4g", "between two of its tokens, likewise"),
+        Column("accepted", "accepted", ".2f", "tokens that a verification gives"),
+        Column("over engine", "gain", ".2f", "tokens/s over the engine's without drafts, median of the rounds' pairs"),
+        Column("over plain", "plain", ".2f", "tokens/s over the plain loop's, likewise"),
+    ),
     "step": (
         Column("attention", "form", "", "masked: unselected keys are masked; sparse: selected ones are gathered"),
         Column("tokens", "length", ",", "length of the one sequence"),

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from nanoglm import ops
+from nanoglm import load, ops
 from nanoglm.bench import peer, step
 from nanoglm.bench.commands import _command
 from nanoglm.bench.cost import Point, fit, predict, work
 from nanoglm.bench.decode import decode
+from nanoglm.bench.engine import bench_engine
 from nanoglm.bench.ops import bench_ops, difference, gemm_name, pairs, random_selection
 from nanoglm.bench.prefill import amount, prefill, whole
 from nanoglm.bench.prototype import Prototype
@@ -142,6 +143,17 @@ def test_a_step_of_both_forms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     masked, sparse = step.bench_train((48,), "tiny").rows["step"]
     assert order == ["masked", "sparse"] * 3
     assert (masked["seconds"], sparse["seconds"], sparse["speed_up"]) == (5.0, 2.5, 2.0)
+
+
+def test_engine_in_all_ways() -> None:
+    model = load("tiny")
+    result = bench_engine(model, (1, 3), prompt=8, tokens=4, rounds=3)
+    rows = {(row["requests"], row["way"]): row for row in result.rows["engine"]}
+    assert len(rows) == 12 and all(row["rate"] > 0 and row["first"] > 0 for row in rows.values())
+    assert rows[3, "engine"]["gain"] == rows[1, "plain loop"]["plain"] == 1
+    assert rows[1, "3 drafts"]["accepted"] >= 1 and rows[1, "engine"]["accepted"] is None
+    with pytest.raises(InputError, match="requests is 0; expected at least 1"):
+        bench_engine(model, (0,), rounds=3)
 
 
 def test_versus_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
