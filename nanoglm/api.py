@@ -31,6 +31,7 @@ from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, materialise,
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "nano"
 TOKENIZER_FILE = "tokenizer.json"
+TOGETHER = 64  # prompts that are continued at once
 
 
 class Model:
@@ -302,8 +303,9 @@ class Generation:
         ids = [model.tokenizer.encode(prompt) for prompt in prompts]
         for prompt in ids:
             check_prompt(model.module, prompt, params.max_tokens)
-        pages = sum(-(-(len(prompt) + params.max_tokens) // PAGE) for prompt in ids)
-        self.engine = Engine(model.module, pages=max(1, pages), drafts=drafts, prefix=len(ids) > 1)
+        needs = sorted(-(-(len(prompt) + params.max_tokens) // PAGE) for prompt in ids)
+        pages = sum(needs[-TOGETHER:]) or 1
+        self.engine = Engine(model.module, pages=pages, most=TOGETHER, drafts=drafts, prefix=len(ids) > 1)
         self.requests = [self.engine.add(prompt, params) for prompt in ids]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
