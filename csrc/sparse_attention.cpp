@@ -44,29 +44,8 @@ void attend(const Problem& p, int64_t t, int from, int to, int32_t* rows, float*
       to_float(p, p.latent, rows[begin + j] * p.latent_step, p.c, v);
       to_float(p, p.rope, rows[begin + j] * p.rope_step, p.r, v + p.c);
     }
-    for (int j = n; j < groups * GROUP; j++) memset(values + (size_t)j * wide, 0, (size_t)wide * 4);
-    for (int g = 0; g < groups; g++)  // transposed: [group][dim][16]
-      for (int d = 0; d < wide; d++)
-        for (int l = 0; l < GROUP; l++) keys[((size_t)g * wide + d) * GROUP + l] = values[(size_t)(g * GROUP + l) * wide + d];
-    for (int g = 0; g < groups; g++)
-      for (int h = 0; h < heads; h += 4) {
-        int some = std::min(4, heads - h);
-        vf dot[4][PARTS] = {};
-        const float* k = keys + (size_t)g * wide * GROUP;
-        if (some == 4) {
-          for (int d = 0; d < wide; d++)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-              for (int v = 0; v < PARTS; v++) dot[i][v] += load(k + d * GROUP + v * LANES) * splat(q[(h + i) * wide + d]);
-        } else {
-          for (int i = 0; i < some; i++)
-            for (int d = 0; d < wide; d++)
-              for (int v = 0; v < PARTS; v++) dot[i][v] += load(k + d * GROUP + v * LANES) * splat(q[(h + i) * wide + d]);
-        }
-        for (int i = 0; i < some; i++)
-          for (int v = 0; v < PARTS; v++) store(scores + (h + i) * CHUNK + g * GROUP + v * LANES, dot[i][v]);
-      }
+    turn(values, n, wide, keys);
+    for (int g = 0; g < groups; g++) products(keys + (size_t)g * wide * GROUP, q, heads, wide, wide, scores + g * GROUP, CHUNK);
     for (int h = 0; h < heads; h++) {
       float* s = scores + h * CHUNK;
       for (int j = n; j < groups * GROUP; j++) s[j] = -INFINITY;
