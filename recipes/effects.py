@@ -91,13 +91,22 @@ def run(name: str, seed: int, data: Corpus, base: Recipe) -> dict[str, Any]:
     recipe = replace(base, seed=seed, **changes)
     if data.text is None or data.val is None or recipe.steps % 5:
         raise InputError(f"steps is {recipe.steps}; expected a multiple of 5, and a text")
-    model = GLM(shape(config_of(recipe, data.tokenizer))).initialise(seed)
+    model = begin(config_of(recipe, data.tokenizer), shape, seed)
     validation, began = Both(data.val, 256, VALIDATION_TOKENS), time.perf_counter()
     train(model, data.text, recipe, Keep(validation=validation, validate_every=recipe.steps // 5, quiet=True))
     fifths = (round(5 * share) for share in accumulate(stage.share for stage in recipe.stages))
     at = {stage.name: validation.kept[end - 1] for stage, end in zip(recipe.stages, fifths, strict=True)}
     seconds = round(time.perf_counter() - began, 1)
     return {"variant": name, "seed": seed, "steps": recipe.steps, "seconds": seconds, "at": at}
+
+
+def begin(config: GLMConfig, shape: Callable[[GLMConfig], GLMConfig], seed: int) -> GLM:
+    """A variant's model: what the base model has too begins alike, so that differences are the variant's."""
+    model, base = GLM(shape(config)).initialise(seed), GLM(config).initialise(seed).state_dict()
+    own = model.state_dict()
+    alike = {name: value for name, value in base.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(alike, strict=False)
+    return model
 
 
 Runs = dict[int, dict[str, Any]]  # by seed

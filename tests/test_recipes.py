@@ -49,6 +49,17 @@ def test_a_file_that_is_no_recipe_is_one_sentence(
     assert words in capsys.readouterr().err
 
 
+def test_variants_begin_alike() -> None:
+    """What a variant shares with the base model has its values, wherever random numbers are drawn for more or less."""
+    config = GLMConfig.preset("tiny")
+    base = EFFECTS["begin"](config, lambda c: c, 3).state_dict()
+    for name in ("all-Full", "no MTP", "transformer"):
+        variant = EFFECTS["begin"](config, EFFECTS["VARIANTS"][name][1], 3).state_dict()
+        same = [n for n, value in variant.items() if n in base and base[n].shape == value.shape]
+        assert "lm_head.weight" in same and "model.layers.1.self_attn.o_proj.weight" in same
+        assert all(torch.equal(variant[n], base[n]) for n in same)
+
+
 def test_the_effects_table() -> None:
     """Two seeds, paired by seed; a variant without runs has no row."""
     stages = ("dense", "indexer_warmup", "sparse")
