@@ -576,7 +576,8 @@ def test_junk_is_a_config_error_or_a_config(data: st.DataObject) -> None:
     except ConfigError as error:
         assert str(error).startswith("config field") and len(str(error).splitlines()) == 1
     else:
-        assert GLMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        again = GLMConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert repr(again) == repr(config)  # a field that nobody knows may be NaN, which equals nothing
 
 
 # ------------------------------------------------------------------------------- the dial
