@@ -29,7 +29,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._news: dict[Request, asyncio.Queue[list[int] | Exception]] = {}
+        self._news: dict[Request, asyncio.Queue[tuple[list[int], bool] | Exception]] = {}  # tokens, whether the last
         self._gone: list[Request] = []  # whose listener left
         self._running: asyncio.Task[None] | None = None
 
@@ -43,15 +43,15 @@ class AsyncEngine:
         news = self._news[request] = asyncio.Queue()
         if self._running is None:
             self._running = asyncio.create_task(self._run())
+        ended = False
         try:
-            while True:
+            while not ended:
                 found = await news.get()
                 if isinstance(found, Exception):
                     raise found
-                for token in found:
+                tokens, ended = found  # not request.finish: a step that runs meanwhile may have set it
+                for token in tokens:
                     yield token
-                if request.finish is not None and news.empty():
-                    break
         finally:
             del self._news[request]
             if request.finish is None:
@@ -70,7 +70,7 @@ class AsyncEngine:
                     break
                 for request, tokens in await loop.run_in_executor(self._thread, self.engine.step):
                     if request in self._news:
-                        self._news[request].put_nowait(tokens)
+                        self._news[request].put_nowait((tokens, request.finish is not None))
         except Exception as error:  # of the model: every listener hears of it
             for news in self._news.values():
                 news.put_nowait(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import resource
+import time
 
 import pytest
 import torch
@@ -27,6 +28,28 @@ def test_listeners_get_what_each_gets_alone() -> None:
 
     for seed, tokens in enumerate(asyncio.run(all_of_them())):
         assert tokens == alone(tuple(prompt(40, seed)), SamplingParams(20))
+
+
+def test_the_last_tokens_reach_a_slow_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that ends the request is under way, and has ended it, while the listener is at the tokens before."""
+
+    async def listen() -> list[int]:
+        engine = AsyncEngine(Engine(build(), pages=8))
+        step = engine.engine.step
+
+        def late() -> object:
+            found = step()
+            time.sleep(0.1)
+            return found
+
+        monkeypatch.setattr(engine.engine, "step", late)
+        tokens = []
+        async for token in engine.generate(prompt(9), SamplingParams(4)):
+            tokens.append(token)
+            await asyncio.sleep(0.05)
+        return tokens
+
+    assert asyncio.run(listen()) == alone(tuple(prompt(9)), SamplingParams(4))
 
 
 def test_who_leaves_ends_the_request() -> None:
