@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from nanoglm.cache import PAGE
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
-from nanoglm.engine import Engine, SamplingParams, generate
+from nanoglm.engine import Engine, Request, SamplingParams, generate
 from nanoglm.engine.record import Recording, Trace
 from nanoglm.engine.request import check_prompt
 from nanoglm.errors import CheckpointError, InputError
@@ -309,36 +309,46 @@ class Generation:
         self.requests = [self.engine.add(prompt, params) for prompt in ids]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        texts = dict(zip(self.requests, enumerate(self._texts), strict=True))
-        while self.engine.busy:
-            for request, tokens in self.engine.step():
-                which, text = texts[request]
+        numbers = {request: i for i, request in enumerate(self.requests)}
+        for request, piece in pieces(self.engine, dict(zip(self.requests, self._texts, strict=True))):
+            yield numbers[request], piece
+
+
+def pieces(engine: Engine, texts: Mapping[Request, TextUntil]) -> Iterator[tuple[Request, str]]:
+    """Steps an engine until these requests have ended, by a stop text too; yields their text as it comes. Whoever
+    stops listening ends them."""
+    try:
+        while any(request.finish is None for request in texts):
+            for request, tokens in engine.step():
+                if (text := texts.get(request)) is None:
+                    continue
                 piece = "".join(map(text.push, tokens))
                 if request.finish is not None:
                     piece += text.flush()
                 if piece:
-                    yield which, piece
+                    yield request, piece
                 if text.ended:
-                    self.engine.abort(request)
-
-    @property
-    def accepted(self) -> float:
-        """Tokens that a verification gave in the mean, 1 without drafts."""
-        verified = sum(r.drafted[0] for r in self.requests if r.drafted)
-        return 1 + sum(sum(r.accepted) for r in self.requests) / max(1, verified)
+                    engine.abort(request)
+    finally:
+        for request in texts:
+            engine.abort(request)
 
 
 class TextUntil:
-    """A continuation's text, up to the first of the stop texts; what may be the beginning of one is held back."""
+    """A continuation's text, up to the first of the stop texts; what may be the beginning of one is held back.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    Without a tokenizer it is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         if "" in stop:
             raise InputError("stop holds an empty text; expected at least one character")
-        self._decoder, self._stop, self._held, self.ended = tokenizer.stream(), tuple(stop), "", False
+        self._decoder = None if tokenizer is None else tokenizer.stream()
+        self._stop, self._held, self.ended = tuple(stop), "", False
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""
-        if self.ended:
+        if self.ended or self._decoder is None:
             return ""
         self._held += self._decoder.push(token)
         ends = [at for at in map(self._held.find, self._stop) if at >= 0]
@@ -352,7 +362,7 @@ class TextUntil:
 
     def flush(self) -> str:
         """What was held back, when no token follows."""
-        return "" if self.ended else self._held + self._decoder.flush()
+        return "" if self.ended or self._decoder is None else self._held + self._decoder.flush()
 
     def pieces(self, ids: Iterator[int]) -> Iterator[str]:
         """The text of tokens as they come."""

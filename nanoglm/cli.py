@@ -24,6 +24,7 @@ from nanoglm.bench.commands import Verb
 from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.engine import SamplingParams
+from nanoglm.engine.request import accepted_length
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.commands import longcontext
 from nanoglm.eval.perplexity import all_full, evaluate
@@ -94,7 +95,8 @@ def demo(prompt: Text = "It was a dark evening in November, and", /, max_tokens:
     )
     (request,) = generation.requests
     accepted, drafted = sum(request.accepted), sum(request.drafted)
-    console.print(f"MTP          {generation.accepted:.2f} tokens a step ({accepted} of {drafted} drafts accepted)")
+    length = accepted_length(generation.requests)
+    console.print(f"MTP          {length:.2f} tokens a step ({accepted} of {drafted} drafts accepted)")
     console.print(f"speed        {tokens / seconds:.1f} tokens/s ({tokens} tokens in {seconds:.1f} s)")
     cache = PagedCache(config, 1)
     console.print(f"cache        {cache.bytes_per_token:,} bytes per token (float32, MTP layer included)")

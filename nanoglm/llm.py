@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from nanoglm.api import Model, TextUntil, load
+from nanoglm.api import Model, TextUntil, load, pieces
 from nanoglm.engine import Engine, SamplingParams
 from nanoglm.engine.engine import MOST_DRAFTS
 from nanoglm.engine.memory import share
@@ -96,49 +96,35 @@ class LLM:
         params = replace(params, stop_ids=params.stop_ids or self.model.config.eos_token_id)
         if n < 1:
             raise InputError(f"n is {n}; expected at least 1")
-        texts: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        running: dict[Request, TextUntil | None] = {}
-        added: list[list[Request]] = []
+        given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokenizer = self.model.tokenizer if self.model.has_tokenizer else None
+        ids = [self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+        texts: dict[Request, TextUntil] = {}
         try:
-            for prompt in texts:
-                ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                seeds = [replace(params, seed=(params.seed + i) % 2**64) for i in range(n)]
-                added.append([self.engine.add(ids, each) for each in seeds])
-        except InputError:
-            for request in (r for requests in added for r in requests):
+            for prompt in ids:
+                for i in range(n):
+                    text = TextUntil(tokenizer, stop)
+                    texts[self.engine.add(prompt, replace(params, seed=(params.seed + i) % 2**64))] = text
+            said = dict.fromkeys(texts, "")
+            for request, piece in pieces(self.engine, texts):
+                said[request] += piece
+        finally:
+            for request in texts:
                 self.engine.abort(request)
-            raise
-        speaks = self.model.has_tokenizer
-        for request in (r for requests in added for r in requests):
-            running[request] = TextUntil(self.model.tokenizer, stop) if speaks else None
-        pieces = dict.fromkeys(running, "")
-        while self.engine.busy:
-            for request, tokens in self.engine.step():
-                text = running.get(request)
-                if text is None:
-                    continue
-                pieces[request] += "".join(map(text.push, tokens))
-                if request.finish is not None:
-                    pieces[request] += text.flush()
-                if text.ended:
-                    self.engine.abort(request)
-        return [self._output(text, requests, running, pieces) for text, requests in zip(texts, added, strict=True)]
-
-    def _output(
-        self, prompt: str | Sequence[int], requests: list[Request], running: dict[Request, TextUntil | None],
-        pieces: dict[Request, str],
-    ) -> RequestOutput:  # fmt: skip
-        outputs = []
-        for index, request in enumerate(requests):
+        requests = list(texts)
+        for request in requests:
             if request.error is not None:
                 raise InputError(request.error)
-            text, finish = running[request], request.finish
-            assert finish is not None
-            finish = "stop" if text is not None and text.ended else finish
-            outputs.append(
-                CompletionOutput(index, pieces[request], tuple(request.outputs), finish, tuple(request.logprobs))
+        return [
+            RequestOutput(
+                prompt if isinstance(prompt, str) else None, own[0].prompt, tuple(own[0].prompt_logprobs),
+                tuple(_completion(i, r, said[r], texts[r].ended) for i, r in enumerate(own)),
             )
-        return RequestOutput(
-            prompt if isinstance(prompt, str) else None, requests[0].prompt, tuple(requests[0].prompt_logprobs),
-            tuple(outputs),
-        )  # fmt: skip
+            for prompt, own in zip(given, (requests[at : at + n] for at in range(0, len(requests), n)), strict=True)
+        ]  # fmt: skip
+
+
+def _completion(index: int, request: Request, text: str, stopped: bool) -> CompletionOutput:
+    assert request.finish is not None
+    finish: Finish = "stop" if stopped else request.finish
+    return CompletionOutput(index, text, tuple(request.outputs), finish, tuple(request.logprobs))

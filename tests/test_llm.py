@@ -32,6 +32,11 @@ def test_texts_are_the_plain_loops(llm: LLM) -> None:
     assert by_ids.outputs[0].token_ids == llm.generate("It was", SamplingParams(20))[0].outputs[0].token_ids
 
 
+def test_a_model_without_tokenizer_takes_and_gives_ids() -> None:
+    (output,) = LLM("recall", memory="50MB").generate([[1, 2, 3]], SamplingParams(4), n=2)
+    assert [len(one.token_ids) for one in output.outputs] == [4, 4] and output.outputs[0].text == ""
+
+
 def test_several_continuations_differ_by_seed(llm: LLM) -> None:
     (output,) = llm.generate("abc", SamplingParams(10, 1.0, seed=3), n=3)
     texts = [one.token_ids for one in output.outputs]
@@ -57,6 +62,15 @@ def test_prefixes_are_known_from_call_to_call(llm: LLM) -> None:
 def test_what_cannot_run_changes_nothing(llm: LLM) -> None:
     with pytest.raises(InputError, match="prompt is empty"):
         llm.generate([[1, 2], []])
+    assert not llm.engine.busy
+    with pytest.raises(InputError, match="stop holds an empty text"):
+        llm.generate(["a", "b"], stop=[""])
+    for params, words in (
+        (SamplingParams(logit_bias={320: 1.0}), "logit_bias names token id 320; expected 0 to 319"),
+        (SamplingParams(stop_ids=(-1,)), "stop_ids names token id -1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            llm.generate("a", params)
     assert not llm.engine.busy
     with pytest.raises(InputError, match="n is 0; expected at least 1"):
         llm.generate("a", n=0)

@@ -17,6 +17,7 @@ from nanoglm.bench.result import Result, Row
 from nanoglm.bench.timing import Progress, Sample, check_rounds
 from nanoglm.cache import PAGE
 from nanoglm.engine import Engine, SamplingParams, generate
+from nanoglm.engine.request import accepted_length
 from nanoglm.errors import InputError
 
 BEGINNING = "It was a dark evening in November, and"
@@ -81,10 +82,7 @@ def _engine(model: Model, prompts: list[list[int]], params: list[SamplingParams]
                 for _ in tokens:
                     tell(where[request])
 
-    row = _timed(run)
-    verified = sum(request.drafted[0] for request in requests if request.drafted)
-    row["accepted"] = 1 + sum(sum(r.accepted) for r in requests) / verified if verified else None
-    return row
+    return _timed(run) | {"accepted": accepted_length(requests) if drafts else None}
 
 
 def _timed(run: Callable[[Callable[[int], None]], None]) -> Row:

@@ -31,7 +31,7 @@ class PrefixCache:
     """The tree over the pages of one :class:`PagedCache`, of which it is a holder.
 
     Attributes:
-        hits: tokens that :meth:`match` found. lookups: tokens that it was asked for.
+        hits: tokens that :meth:`match` found.
     """
 
     def __init__(self, cache: PagedCache) -> None:
@@ -39,7 +39,7 @@ class PrefixCache:
         self._roots: dict[Hashable, Node] = {}
         # Least recently used first; a page is used with those before it, and counts as older than they.
         self._used: OrderedDict[Node, None] = OrderedDict()
-        self.hits = self.lookups = 0
+        self.hits = 0
 
     def __len__(self) -> int:
         return len(self._used)
@@ -49,7 +49,7 @@ class PrefixCache:
         path = list(self._walk(ids, meaning))
         for node in reversed(path):
             self._used.move_to_end(node)
-        self.hits, self.lookups = self.hits + PAGE * len(path), self.lookups + len(ids)
+        self.hits += PAGE * len(path)
         return [node.page for node in path]
 
     def insert(self, ids: Sequence[int], pages: Sequence[int], meaning: Hashable = None) -> None:

@@ -9,7 +9,6 @@ such a request has a depth of its own, which follows from its tokens and nominal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -67,8 +66,3 @@ def _at(known: dict[int, float], k: int, slope: float) -> float:
         slope = max(0.0, (known[high] - known[low]) / (high - low))
     nearest = min(known, key=lambda other: abs(other - k))
     return max(known[nearest] + slope * (k - nearest), known[nearest] / 2)  # two noisy points may lead anywhere
-
-
-def mean_length(drafted: Sequence[int], accepted: Sequence[int]) -> float:
-    """Tokens a verification gave: 1 and its accepted drafts (serving spec 4.4)."""
-    return 1 + sum(accepted) / drafted[0] if drafted and drafted[0] else 1.0

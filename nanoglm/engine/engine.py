@@ -74,7 +74,8 @@ class Engine:
         """Queues a request.
 
         Raises:
-            InputError: the prompt is empty, holds what is no token, or can never fit with what it may generate.
+            InputError: the prompt is empty, holds what is no token, or can never fit with what it may generate; or the
+                params name what is no token.
         """
         params = params or SamplingParams()
         check_prompt(self.model, prompt, params.max_tokens)
@@ -84,6 +85,11 @@ class Engine:
                 f"request has {len(prompt)} tokens and wants {params.max_tokens} new ones; expected at most "
                 f"{pages * PAGE} together, what the cache of {pages} pages holds"
             )
+        vocabulary = self.model.config.vocab_size
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids)):
+            for i in ids:
+                if not 0 <= i < vocabulary:
+                    raise InputError(f"{name} names token id {i}; expected 0 to {vocabulary - 1}")
         request = Request(self._numbers, tuple(prompt), params)
         if self.depth is not None and params.temperature > 0:
             request.depth = Depth(self.most_drafts)
@@ -208,7 +214,6 @@ def _prompt_logprobs(request: Request, rows: Tensor) -> None:
     top = request.params.prompt_logprobs
     assert top is not None
     for place, row in enumerate(rows, request.computed + 1):
-        if (
-            len(request.prompt_logprobs) + 1 == place < len(request.prompt)
-        ):  # not those of a pass before it was sent back
+        # Not again those of a pass before it was sent back.
+        if len(request.prompt_logprobs) + 1 == place < len(request.prompt):
             request.prompt_logprobs.append(logprobs(row, request.prompt[place], top))

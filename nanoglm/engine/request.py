@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,6 +69,13 @@ class Request:
         """All its tokens."""
         return [*self.prompt, *self.outputs]
 
+    def span(self, begin: int, end: int) -> list[int]:
+        """Its tokens and drafts from position ``begin`` to before ``end``; a long prompt is not copied for a few."""
+        n = len(self.prompt)
+        if begin < n:
+            return [*self.prompt[begin:end], *(self.span(n, end) if end > n else [])]
+        return [*self.outputs, *self.drafts][begin - n : end - n]
+
     @property
     def length(self) -> int:
         """How many."""
@@ -93,6 +100,12 @@ class Request:
         if not self.left:
             self.finish = "length"
         return self.finish is None
+
+
+def accepted_length(requests: Iterable[Request]) -> float:
+    """Tokens that a verification gave in the mean: 1 and its accepted drafts (serving spec 4.4); 1 without drafts."""
+    counts = [(r.drafted[0], sum(r.accepted)) for r in requests if r.drafted]
+    return 1 + sum(accepted for _, accepted in counts) / max(1, sum(verified for verified, _ in counts))
 
 
 def check_prompt(model: GLM, ids: Sequence[int], new_tokens: int = 0) -> None:

@@ -39,9 +39,9 @@ class Runner:
         """
         ids: list[int] = []
         for work in works:
-            tokens = [*work.request.ids, *work.request.drafts]
-            ids += tokens[work.request.computed : work.request.computed + work.count]
-            self.pairs += work.count * work.request.computed + work.count * (work.count + 1) // 2
+            begin, n = work.request.computed, work.count
+            ids += work.request.span(begin, begin + n)
+            self.pairs += n * begin + n * (n + 1) // 2
         counts = [work.count for work in works]
         batch = self.cache.extend([_handle(work) for work in works], counts)
         asked = [asked_rows(work) for work in works]
@@ -77,7 +77,7 @@ class Runner:
         requests = [request for request in requests if request.unread]
         if not requests:
             return
-        following = [i for request in requests for i in request.ids[request.entries + 1 : request.computed + 1]]
+        following = [i for request in requests for i in request.span(request.entries + 1, request.computed + 1)]
         counts = [request.computed - request.entries for request in requests]
         hidden_TD = torch.cat([rows for request in requests for rows in request.unread])
         batch = self.cache.last([_handle(request) for request in requests], counts)
@@ -85,9 +85,8 @@ class Runner:
         m_TD, selection = self.model.draft(torch.tensor(following, device=self.device), hidden_TD, step)
         for request in requests:
             request.entries, request.unread = request.computed, []
-        wanted = [
-            min(depths.get(r, 0), r.left - 1) for r in requests
-        ]  # behind the last draft there is room for a token
+        # Behind the last draft there is room for a token.
+        wanted = [min(depths.get(request, 0), request.left - 1) for request in requests]
         going = [(request, n) for request, n in zip(requests, wanted, strict=True) if n > 0]
         if not going:
             return
