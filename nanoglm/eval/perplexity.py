@@ -130,7 +130,9 @@ def _cached(model: Model, index_dtype: torch.dtype, agreement: list[int], part: 
     for layer in config.full_layers:
         ours, theirs = output.selections[layer], exact.selections[layer]
         assert ours is not None and theirs is not None
-        agreement[0] += int((ours[rows, :, None] == theirs[rows, None]).sum())
+        exactly = torch.zeros(len(rows), max(counts), dtype=torch.bool, device=weight.device)
+        exactly.scatter_(1, theirs[rows].long(), True)
+        agreement[0] += int(exactly.gather(1, ours[rows].long()).sum())
         agreement[1] += ours[rows].numel()
     return list(model.module.logits(output.hidden).split(counts))
 
