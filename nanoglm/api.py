@@ -315,23 +315,18 @@ class Generation:
 
 
 def pieces(engine: Engine, texts: Mapping[Request, TextUntil]) -> Iterator[tuple[Request, str]]:
-    """Steps an engine until these requests have ended, by a stop text too; yields their text as it comes. Whoever
-    stops listening ends them."""
-    try:
-        while any(request.finish is None for request in texts):
-            for request, tokens in engine.step():
-                if (text := texts.get(request)) is None:
-                    continue
-                piece = "".join(map(text.push, tokens))
-                if request.finish is not None:
-                    piece += text.flush()
-                if piece:
-                    yield request, piece
-                if text.ended:
-                    engine.abort(request)
-    finally:
-        for request in texts:
-            engine.abort(request)
+    """Steps an engine until these requests have ended, by a stop text too; yields their text as it comes."""
+    while any(request.finish is None for request in texts):
+        for request, tokens in engine.step():
+            if (text := texts.get(request)) is None:
+                continue
+            piece = "".join(map(text.push, tokens))
+            if request.finish is not None:
+                piece += text.flush()
+            if piece:
+                yield request, piece
+            if text.ended:
+                engine.abort(request)
 
 
 class TextUntil:

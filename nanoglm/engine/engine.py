@@ -135,7 +135,7 @@ class Engine:
             if samples:
                 found.append((work.request, work.request.outputs[before:]))
         if self.most_drafts:
-            self._draft(works, hidden, begins, time.perf_counter() - began)
+            self._draft(works, hidden, begins, [request for request, _ in found], time.perf_counter() - began)
         for work in works:
             if work.request.finish is not None:
                 self.scheduler.remove(work.request)
@@ -143,13 +143,20 @@ class Engine:
                 self.scheduler.remember(work.request)
         return found
 
-    def _draft(self, works: Sequence[Work], hidden: Tensor, begins: Sequence[int], verifying: float) -> None:
-        """The MTP layer's part of a step, to the depth that pays; ``verifying``: seconds that the rest of it took."""
+    def _draft(
+        self, works: Sequence[Work], hidden: Tensor, begins: Sequence[int], sampled: Sequence[Request], verifying: float
+    ) -> None:  # fmt: skip
+        """The MTP layer's part of a step, to the depth that pays.
+
+        Args:
+            sampled: who got a token, and so a chain; nobody else, or chunks and being sent back would change what is
+                drawn. verifying: seconds that the rest of the step took.
+        """
         began, requests = time.perf_counter(), [work.request for work in works]
         self.runner.keep(works, hidden, begins)
         going = sum(request.finish is None for request in requests)
         common = self.most_drafts if self.depth is None else self.depth.choose(going)
-        depths = {r: common if r.depth is None else r.depth.choose(1) for r in requests if r.drafting}
+        depths = {r: common if r.depth is None else r.depth.choose(1) for r in sampled if not r.finish}
         # Where nothing is drafted, entries wait until there are many to write at once.
         late = [
             r for r in requests if r.computed - r.entries >= LATE or (r.finish is not None and self.prefix is not None)

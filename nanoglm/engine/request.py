@@ -86,11 +86,6 @@ class Request:
         """How many tokens may still come."""
         return self.params.max_tokens - len(self.outputs)
 
-    @property
-    def drafting(self) -> bool:
-        """Whether drafts are to be proposed now: it decodes, and has none."""
-        return self.finish is None and self.computed + 1 == self.length and not self.drafts
-
     def append(self, token: int) -> bool:
         """Takes the next token, or the end that it means; whether more may follow."""
         if token in self.params.stop_ids:

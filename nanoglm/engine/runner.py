@@ -72,7 +72,7 @@ class Runner:
         (architecture spec 3.3).
 
         Args:
-            depths: how many drafts a request that is :attr:`Request.drafting` is to get; none if left out.
+            depths: how many drafts a request is to get that has just got a token; none if left out.
         """
         requests = [request for request in requests if request.unread]
         if not requests:

@@ -10,12 +10,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nanoglm.api import Model
+from nanoglm.api import Model, load
 from nanoglm.cache import PAGE
 from nanoglm.config import GLMConfig
 from nanoglm.engine import Engine, Request, SamplingParams, generate
+from nanoglm.engine.request import accepted_length
 from nanoglm.errors import InputError
-from nanoglm.model import GLM
+from nanoglm.model import GLM, BatchStore
+from nanoglm.ops import Batch
 
 
 @cache
@@ -58,20 +60,51 @@ def test_many_requests_get_what_each_gets_alone(drafts: int, budget: int) -> Non
 
 @pytest.mark.parametrize("drafts", [0, 2, "auto"])
 def test_sampling_alone_and_in_company(drafts: int | str) -> None:
-    """Without drafts a seed gives the plain loop's tokens; with them the same in company, without room, as alone."""
+    """Without drafts a seed gives the plain loop's tokens; with them the same in company, without room, as alone.
+
+    With the bundled model, whose drafts are accepted: a chain cut short would draw other numbers.
+    """
+    model, text = load(), "It was a dark evening in November, and the lamps ha"
+    ids = model.tokenizer.encode(text)
     params = [SamplingParams(30, 1.0, 5, seed) for seed in range(6)]
-    expected = [alone(tuple(prompt(50)), p) for p in params]
+    expected = [list(generate(model.module, ids, p)) for p in params]
     if drafts:
         expected = []
         for p in params:
-            single = Engine(build(), pages=40, drafts=drafts)
-            request = single.add(prompt(50), p)
-            finish(single)
-            expected.append(request.outputs)
-    engine = Engine(build(), pages=4, budget=11, drafts=drafts, prefix=False)
-    requests = [engine.add(prompt(50), p) for p in params]
+            single = Engine(model.module, pages=40, drafts=drafts)
+            expected.append(list(single.generate(ids, p)))
+    budget = 18 if drafts == "auto" else 11  # little enough to cut, and enough for two to be under way
+    engine = Engine(model.module, pages=3, budget=budget, drafts=drafts, prefix=False)
+    requests = [engine.add(ids, p) for p in params]
     finish(engine)
     assert [request.outputs for request in requests] == expected and any(r.preempted for r in requests)
+    assert not drafts or accepted_length(requests) > 1.3
+
+
+@torch.no_grad()
+def test_drafts_are_those_of_the_whole_sequence() -> None:
+    """Behind every step: the chain from one pass over all tokens, with keys and Selection of step 0."""
+    model = build()
+    engine = Engine(model, pages=4, drafts=3, budget=20)
+    request, seen = engine.add(prompt(50), SamplingParams(16)), 0
+    while engine.busy:
+        engine.step()
+        if not request.drafts:
+            continue
+        ids = torch.tensor(request.ids)
+        output = model(ids[:-1], Batch.contiguous([len(ids) - 1]), BatchStore())
+        hidden, selection = model.draft(ids[1:], output.hidden, output.step)
+        last, rows = output.step.tail([1])
+        hidden, chain = hidden[rows], []
+        for place in range(len(request.drafts)):
+            if place:
+                hidden, _ = model.draft(
+                    ids.new_tensor(chain[-1:]), hidden, last, depth=place, selection=selection[rows]
+                )
+            chain.append(int(model.logits(hidden)[0].argmax()))
+        assert request.drafts == chain
+        seen += 1
+    assert seen > 10
 
 
 def test_pages_that_run_out_send_the_youngest_back() -> None:
@@ -95,21 +128,23 @@ def test_a_known_prefix_is_not_computed_again(drafts: int) -> None:
     assert second.outputs == alone(tuple(prompt(300, 2, 200)), SamplingParams(8))
 
 
-@pytest.mark.parametrize("drafts", [1, 4])
-def test_drafts_after_a_hit_are_those_without(drafts: int) -> None:
-    """The trap of the last position of a shared prefix: its MTP entry depends on the token behind it."""
-    ids = prompt(64, 5, 64)
-    for tail in ([7], [8, 9, 10, 11]):
-        runs = []
+def test_mtp_entries_after_a_hit_are_the_requests_own() -> None:
+    """The trap of the last position of a shared prefix: its MTP entry is made from the token behind it."""
+    shared, layer = prompt(64, 5, 64), build().config.num_hidden_layers
+    for tail in ([7], [8, 9, 10, 11], [5, 9]):
+        entries = []
         for known in (False, True):
-            engine = Engine(build(), pages=40, drafts=drafts)
+            engine = Engine(build(), pages=40, drafts=1)
             if known:
-                engine.add([*ids, 5, 6, 7], SamplingParams(3))
+                engine.add([*shared, 5, 6, 7], SamplingParams(3))
                 finish(engine)
-            request = engine.add([*ids, *tail], SamplingParams(24))
-            finish(engine)
-            runs.append((request.outputs, request.drafted, request.accepted))
-        assert runs[0] == runs[1]
+            request = engine.add([*shared, *tail], SamplingParams(8))
+            engine.step()
+            assert request.hit == (64 if known and tail[0] == 5 else 0)
+            assert request.handle is not None and engine.prefix is not None
+            rows = engine.cache.last([request.handle], [request.computed]).slots
+            entries.append(torch.cat([x[rows] for x in engine.cache.latent(layer)], 1))
+        assert torch.equal(*entries)
 
 
 def test_stop_ids_cut_an_accepted_run() -> None:
