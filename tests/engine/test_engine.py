@@ -9,12 +9,16 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 
 from nanoglm.api import Model, load
-from nanoglm.cache import PAGE
+from nanoglm.cache import PAGE, PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.engine import Engine, Request, SamplingParams, generate
+from nanoglm.engine.generate import prefill
 from nanoglm.engine.request import accepted_length
+from nanoglm.engine.sampler import best
+from nanoglm.engine.speculative import verify
 from nanoglm.errors import InputError
 from nanoglm.model import GLM, BatchStore
 from nanoglm.ops import Batch
@@ -145,6 +149,44 @@ def test_mtp_entries_after_a_hit_are_the_requests_own() -> None:
             rows = engine.cache.last([request.handle], [request.computed]).slots
             entries.append(torch.cat([x[rows] for x in engine.cache.latent(layer)], 1))
         assert torch.equal(*entries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_equal_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind every token those of the plain loop: in company, in chunks, after a hit, sent back, verified as a draft.
+
+    With the bundled model, whose drafts are accepted.
+    """
+    model, new = load(dtype=dtype), 24
+    text = "It was a dark evening in November, and the lamps had not been lit; " * 5
+    ids = model.tokenizer.encode(text)
+    prompts = [ids[:1], ids[:63], ids[:65], ids[:150], ids[:200], ids[5:90]]
+    expected = []
+    for ids in prompts:
+        cache, rows, outputs = PagedCache(model.config, 4, dtype=dtype), [], list[int]()
+        handle = cache.open()
+        while len(outputs) < new:
+            rows.append(prefill(model.module, cache, handle, outputs[-1:] or ids))
+            outputs.append(best(rows[-1]))
+        expected.append(torch.stack(rows))
+    seen: dict[Request, list[Tensor]] = {}
+
+    def watched(request: Request, rows: Tensor) -> list[int]:
+        found = verify(request, rows)
+        seen.setdefault(request, []).extend(rows[: len(found)])
+        return found
+
+    monkeypatch.setattr("nanoglm.engine.engine.verify", watched)
+    requests: list[Request] = []
+    for drafts, budget, pages in ((0, 1024, 40), (0, 40, 5), (3, 40, 6), ("auto", 100, 40)):
+        engine = Engine(model.module, pages=pages, budget=budget, drafts=drafts)
+        for _ in range(2):
+            requests += [engine.add(ids, SamplingParams(new)) for ids in prompts]
+            finish(engine)
+    for i, request in enumerate(requests):
+        assert torch.equal(torch.stack(seen[request])[:new], expected[i % len(prompts)])
+    assert all(sum(found) > 0 for found in ([r.hit for r in requests], [r.preempted for r in requests]))
+    assert sum(sum(request.accepted) for request in requests) > 100
 
 
 def test_stop_ids_cut_an_accepted_run() -> None:
