@@ -14,15 +14,17 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from tyro.conf import subcommand
 
-from nanoglm.api import load
+from nanoglm.api import checkpoint_directory, load
 from nanoglm.bench import decode as decoding
 from nanoglm.bench import ops, versus
 from nanoglm.bench import prefill as prefilling
-from nanoglm.bench.engine import bench_engine
+from nanoglm.bench.engine import bench_engine, bench_prefix
+from nanoglm.bench.generation import bench_generation
 from nanoglm.bench.report import report as write_report
 from nanoglm.bench.result import COLUMNS, Result, check_out
 from nanoglm.bench.step import bench_train
 from nanoglm.bench.timing import Progress as Tell
+from nanoglm.errors import InputError
 
 LENGTHS = (4096, 16_384, 65_536, 131_072)
 DType = Literal["bf16", "fp32"]
@@ -123,9 +125,13 @@ def engine(
     tokens: int = 64,
     temperature: float = 0.0,
     rounds: int = 7,
+    prefix: int | None = None,
+    peer: Literal["none", "transformers"] = "none",
+    lengths: tuple[int, ...] = (1024, 4096, 8192),
     out: Path | None = None,
 ) -> None:
-    """Many requests at once, with and without drafts, in turns with the plain loop.
+    """Many requests at once, with and without drafts, in turns with the plain loop; or two prompts that begin alike; or
+    against a peer.
 
     Args:
         requests: How many come at once.
@@ -134,11 +140,23 @@ def engine(
         tokens: To generate for each.
         temperature: 0 is greedy.
         rounds: At least 3.
+        prefix: Instead time a second prompt that has so many tokens in common with the first.
+        peer: Instead generate greedily from the same checkpoint and prompts as this engine, each run its own process.
+        lengths: Tokens of those prompts.
         out: The JSON file to write.
     """
     check_out(out)
+    loaded = load(model)
     with _progress() as tell:
-        result = bench_engine(load(model), requests, prompt, tokens, temperature, rounds, tell)
+        if peer != "none":
+            folder = checkpoint_directory(model)
+            if folder is None:
+                raise InputError(f"model is {model}; expected a checkpoint directory, which a peer can read")
+            result = bench_generation(loaded, folder, lengths, tokens, rounds, progress=tell)
+        elif prefix is not None:
+            result = bench_prefix(loaded, prefix, rounds, tell)
+        else:
+            result = bench_engine(loaded, requests, prompt, tokens, temperature, rounds, tell)
     _finish(result, out)
 
 

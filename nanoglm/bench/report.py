@@ -29,6 +29,9 @@ TITLES = {
     "run": "One whole prompt",
     "peer": "Against transformers, at one shape",
     "decode": "Decoding behind a context",
+    "engine": "Many requests, with and without drafts",
+    "prefix": "A second request that begins like the first",
+    "generate": "Generation against transformers, the same checkpoint and prompts",
     "step": "One step of sparse training",
 }
 MODEL = """Cost model: T = N L c + N_idx L²/2 c_i, with N the layers that work at every token (the last one needs only

@@ -119,6 +119,27 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("accepted", "accepted", ".2f", "tokens that a verification gives"),
         Column("over engine", "gain", ".2f", "tokens/s over the engine's without drafts, median of the rounds' pairs"),
         Column("over plain", "plain", ".2f", "tokens/s over the plain loop's, likewise"),
+        Column("of ideal", "ideal", ".0%", "between ms without drafts over this, as a share of accepted / (c_verify + "
+               "k c_draft), costs measured beside it of the model's passes alone"),
+    ),
+    "prefix": (
+        Column("prefix cache", "kept", "", "whether pages of earlier requests are kept"),
+        Column("shared tokens", "shared", ",", "with which both prompts begin; then each has 64 of its own"),
+        Column("known", "hit", ",", "of them, found when the second comes"),
+        Column("first ms", "first", ",.4g", "to the first request's first token, median"),
+        Column("second ms", "second", ",.4g", "to the second's, which comes when the first has ended"),
+        Column("share", "share", ".1%", "second over first, median of the rounds' pairs"),
+    ),
+    "generate": (
+        Column("engine", "engine", "", "each run is a process of its own"),
+        Column("prompt", "length", ",", "tokens of the prompt"),
+        Column("first s", "first", ",.4g", "to the first token, median of the processes"),
+        Column("between ms", "between", ",.4g", "between two tokens, greedy, median"),
+        Column("tokens/s", "rate", ",.1f", "of the whole call"),
+        *_SPREAD,
+        Column("ours over it", "times", ".1f", "our tokens/s over its own"),
+        Column("alike", "alike", ",", "tokens that are ours before the first that is not"),
+        Column("gap", "gap", ".1g", "between our two best logits there"),
     ),
     "step": (
         Column("attention", "form", "", "masked: unselected keys are masked; sparse: selected ones are gathered"),

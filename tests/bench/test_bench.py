@@ -14,20 +14,23 @@ import pytest
 import torch
 
 from nanoglm import load, ops
-from nanoglm.bench import peer, step
+from nanoglm.api import checkpoint_directory
+from nanoglm.bench import generation, peer, step
 from nanoglm.bench.commands import _command
 from nanoglm.bench.cost import Point, fit, predict, work
 from nanoglm.bench.decode import decode
-from nanoglm.bench.engine import bench_engine
+from nanoglm.bench.engine import bench_engine, bench_prefix
+from nanoglm.bench.generation import ENGINES, bench_generation
 from nanoglm.bench.ops import bench_ops, difference, gemm_name, pairs, random_selection
 from nanoglm.bench.prefill import amount, prefill, whole
 from nanoglm.bench.prototype import Prototype
-from nanoglm.bench.report import report
+from nanoglm.bench.report import TITLES, report
 from nanoglm.bench.result import COLUMNS, Result
 from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, with_pattern
 from nanoglm.bench.timing import interleave, parts_of
 from nanoglm.bench.versus import versus
 from nanoglm.cli import main
+from nanoglm.engine import SamplingParams, generate
 from nanoglm.errors import InputError
 
 
@@ -39,6 +42,10 @@ def check_cells(result: Result) -> None:
         for row in rows:
             assert row.keys() <= keys and COLUMNS[name][0].cell(row)
             assert all(isfinite(value) for value in row.values() if isinstance(value, float)), row
+
+
+def test_every_table_has_a_title() -> None:
+    assert TITLES.keys() == COLUMNS.keys()
 
 
 def test_ops(tmp_path: Path) -> None:
@@ -148,12 +155,64 @@ def test_a_step_of_both_forms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_engine_in_all_ways() -> None:
     model = load("tiny")
     result = bench_engine(model, (1, 3), prompt=8, tokens=4, rounds=3)
+    check_cells(result)
     rows = {(row["requests"], row["way"]): row for row in result.rows["engine"]}
     assert len(rows) == 12 and all(row["rate"] > 0 and row["first"] > 0 for row in rows.values())
     assert rows[3, "engine"]["gain"] == rows[1, "plain loop"]["plain"] == 1
     assert rows[1, "3 drafts"]["accepted"] >= 1 and rows[1, "engine"]["accepted"] is None
+    assert rows[1, "3 drafts"]["ideal"] > 0 and rows[3, "3 drafts"]["ideal"] is None
     with pytest.raises(InputError, match="requests is 0; expected at least 1"):
         bench_engine(model, (0,), rounds=3)
+
+
+def test_a_second_request_that_begins_like_the_first() -> None:
+    result = bench_prefix(load("tiny"), 256, 3)
+    check_cells(result)
+    assert [(row["kept"], row["hit"]) for row in result.rows["prefix"]] == [
+        ("yes", 192),
+        ("no", 0),
+    ]  # the last page is followed by other tokens
+
+
+def test_generation_beside_a_peer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who says something else is told apart, with how near the two words were."""
+    model = load()
+    calls: list[tuple[str, int]] = []
+
+    def run(module: str, engine: str, folder: str, prompt: str, tokens: str) -> dict[str, Any]:
+        ids = json.loads(Path(prompt).read_text())
+        calls.append((engine, len(ids)))
+        said = [i % 7 for i in range(int(tokens))]
+        if engine == "transformers":
+            said[3] += 1
+        return {"seconds": 4.0 if engine == "transformers" else 2.0, "first": 1.0, "ids": said}
+
+    monkeypatch.setattr("nanoglm.bench.generation.apart", run)
+    result = bench_generation(model, tmp_path, (64, 128), tokens=8)
+    check_cells(result)
+    assert calls == [(e, n) for n in (64, 128) for e in ENGINES] + calls[5::-1] + calls[:6]
+    ours, plain, theirs = result.rows["generate"][:3]
+    assert (ours["alike"], ours["gap"], plain["times"]) == (8, None, 1)
+    assert (theirs["alike"], theirs["times"]) == (3, 2) and theirs["gap"] > 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "engine", "--model", "tiny", "--peer", "transformers"])
+    assert "model is tiny; expected a checkpoint directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_generation_processes_say_the_same(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if engine == "transformers":
+        pytest.importorskip("transformers")
+    model = load()
+    ids = model.tokenizer.encode("It was a dark evening in November, and the lamps had not been lit; for the")
+    (tmp_path / "prompt").write_text(json.dumps(ids))
+    folder = checkpoint_directory(None)
+    generation.main(engine, str(folder), str(tmp_path / "prompt"), 12)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["ids"] == list(generate(model.module, ids, SamplingParams(12)))
+    assert 0 < found["first"] < found["seconds"]
 
 
 def test_versus_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
