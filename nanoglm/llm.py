@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,8 @@ class LLM:
 
     Args:
         model: a loaded model, a checkpoint directory, a preset, or None for the bundled one.
-        memory: for weights, workspace and cache, such as 8GB. What it holds is in ``self.memory``.
+        memory: for weights, workspace and cache, such as 8GB. What it holds is in ``self.memory`` and said on standard
+            error, unless ``quiet``.
         budget, most, drafts, prefix, index_dtype: as :class:`Engine` takes them; drafts None: as many as pay, if the
             model has an MTP layer.
 
@@ -60,6 +62,7 @@ class LLM:
     def __init__(
         self, model: Model | str | Path | None = None, *, memory: str = "4GB", budget: int = 1024, most: int = 64,
         drafts: int | Literal["auto"] | None = None, prefix: bool = True, index_dtype: torch.dtype | None = None,
+        quiet: bool = False,
     ) -> None:  # fmt: skip
         self.model = model if isinstance(model, Model) else load(model)
         if drafts is None:
@@ -70,6 +73,8 @@ class LLM:
             self.model.module, total, budget=budget, most=most, index_dtype=index_dtype,
             drafts=MOST_DRAFTS if drafts == "auto" else drafts,
         )  # fmt: skip
+        if not quiet:
+            print(self.memory, file=sys.stderr)
         self.engine = Engine(
             self.model.module, pages=self.memory.pages, budget=budget, most=most, drafts=drafts, prefix=prefix,
             index_dtype=index_dtype,

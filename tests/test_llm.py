@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 import nanoglm
+from nanoglm.cache import PagedCache
 from nanoglm.engine import SamplingParams, generate
 from nanoglm.engine.memory import share
 from nanoglm.errors import InputError
@@ -80,7 +85,46 @@ def test_memory_is_shared_out() -> None:
     model = nanoglm.load("tiny").module
     memory = share(model, 50e6)
     assert memory.weights == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
-    assert memory.weights + memory.workspace + memory.pages * memory.page <= 50e6
+    page = memory.latents + memory.index_keys
+    assert page == 64 * PagedCache(model.config, 1).bytes_per_token and memory.index_keys > 0
+    assert 50e6 - page < memory.total <= 50e6
     assert str(memory).endswith(f"{memory.pages:,} pages, {64 * memory.pages:,} tokens")
     with pytest.raises(InputError, match=r"memory is 0\.001 GB; expected more than .* GB: weights .*, workspace"):
         share(model, 1e6)
+
+
+def test_memory_is_said_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = LLM("tiny", memory="50MB")
+    gigabytes = r"\d[\d.e-]* GB"
+    parts = ", ".join(f"{name} {gigabytes}" for name in ("weights", "workspace", "latents", "index keys"))
+    assert re.fullmatch(rf"{parts}: \d+ pages, {llm.memory.tokens:,} tokens\n", capsys.readouterr().err)
+    LLM("tiny", memory="50MB", quiet=True)
+    assert not capsys.readouterr().err
+
+
+FILLED = """
+import sys, torch
+from nanoglm import Model, SamplingParams
+from nanoglm.bench.shapes import Subject, bench_nano, random_ids
+from nanoglm.llm import LLM
+from nanoglm.memory import peak_memory
+
+drafts, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+config = bench_nano(8).replace(num_nextn_predict_layers=1)
+LLM("tiny", memory="50MB").generate([[1, 2, 3]])  # what libraries take
+before = peak_memory()
+llm = LLM(Model(Subject(config, 64, dtype).model, None), memory="400MB", drafts=drafts)
+each = llm.memory.tokens // 8 - 64
+ids = random_ids(config, 8 * each)
+llm.generate([ids[begin : begin + each] for begin in range(0, 8 * each, each)], SamplingParams(8))
+assert llm.engine.cache.free_pages < 16
+print(1e3 * (peak_memory() - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("drafts", "dtype"), [(0, "bfloat16"), (3, "bfloat16"), (3, "float32")])
+def test_a_full_cache_keeps_within_the_budget(drafts: int, dtype: str) -> None:
+    command = [sys.executable, "-c", FILLED, str(drafts), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 300 < float(done.stdout.split()[-1]) <= 400

@@ -13,12 +13,18 @@ from nanoglm.model import GLM
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of each part, and how many pages of 64 tokens there are."""
+    """Bytes of each part, of latents and index keys those of one page, and how many pages of 64 tokens there are."""
 
     weights: int
     workspace: int
-    page: int
+    latents: int
+    index_keys: int
     pages: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.workspace + self.pages * (self.latents + self.index_keys)
 
     @property
     def tokens(self) -> int:
@@ -26,10 +32,12 @@ class Memory:
         return self.pages * PAGE
 
     def __str__(self) -> str:
-        return (
-            f"weights {self.weights / 1e9:.3g} GB, workspace {self.workspace / 1e9:.3g} GB, cache "
-            f"{self.pages * self.page / 1e9:.3g} GB: {self.pages:,} pages, {self.tokens:,} tokens"
-        )
+        parts = {
+            "weights": self.weights, "workspace": self.workspace, "latents": self.pages * self.latents,
+            "index keys": self.pages * self.index_keys,
+        }  # fmt: skip
+        said = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in parts.items())
+        return f"{said}: {self.pages:,} pages, {self.tokens:,} tokens"
 
 
 def share(
@@ -43,9 +51,10 @@ def share(
     """
     config, weight = model.config, model.lm_head.weight
     weights = sum({t.data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}.values())
-    page = (
-        PagedCache(config, 1, dtype=weight.dtype, index_dtype=index_dtype, device=weight.device).bytes_per_token * PAGE
-    )
+    cache = PagedCache(config, 1, dtype=weight.dtype, index_dtype=index_dtype, device=weight.device)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    latents = PAGE * layers * (config.kv_lora_rank + config.qk_rope_head_dim) * weight.dtype.itemsize
+    page = PAGE * cache.bytes_per_token
     active = config.num_experts_per_tok + config.n_shared_experts
     width = max(config.intermediate_size, config.moe_intermediate_size * active)
     row = (
@@ -61,4 +70,4 @@ def share(
             f"memory is {total / 1e9:.3g} GB; expected more than {(weights + workspace + page) / 1e9:.3g} GB: weights "
             f"{weights / 1e9:.3g}, workspace {workspace / 1e9:.3g} and one page"
         )
-    return Memory(weights, workspace, page, pages)
+    return Memory(weights, workspace, latents, page - latents, pages)
