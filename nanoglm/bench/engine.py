@@ -16,7 +16,7 @@ import torch
 
 from nanoglm.api import Model
 from nanoglm.bench.result import Result, Row
-from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds
+from nanoglm.bench.timing import Progress, Sample, check_lengths, check_rounds, seconds_of
 from nanoglm.cache import PAGE, PagedCache
 from nanoglm.engine import Engine, SamplingParams, generate
 from nanoglm.engine.engine import MOST_DRAFTS
@@ -148,16 +148,19 @@ class Costs:
     @torch.no_grad()
     def of(self, drafts: int, accepted: int) -> float:
         """Of a chain of ``drafts``, behind a verification that gave ``accepted`` tokens."""
-        runs = (lambda: self._main(1)), (lambda: self._chain(accepted, drafts) if self._main(drafts + 1) else None)
-        seconds = [[_seconds(run) for run in runs] for _ in range(TRIES)]
-        return median(both / plain for plain, both in seconds)
 
-    def _main(self, rows: int) -> bool:
+        def step() -> None:
+            self._main(drafts + 1)
+            self._chain(accepted, drafts)
+
+        seconds = [(seconds_of(step), seconds_of(lambda: self._main(1))) for _ in range(TRIES)]
+        return median(drafting / plain for drafting, plain in seconds)
+
+    def _main(self, rows: int) -> None:
         """The main model's pass over ``rows`` tokens, which are taken back."""
         batch = self.cache.extend([self.handle], [rows])
         self.model.logits(self.model(self.ids[:rows], batch, self.cache).hidden)
         self.cache.rollback(self.handle, rows)
-        return True
 
     def _chain(self, rows: int, drafts: int) -> None:
         """The MTP layer's: entries of the last ``rows`` tokens, then draft by draft from the last one."""
@@ -171,12 +174,6 @@ class Costs:
             if place:
                 hidden, selection = self.model.draft(self.ids[:1], hidden, step, depth=place, selection=selection)
             self.model.logits(hidden)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
 
 
 def _timed(run: Callable[[Callable[[int], None]], None]) -> Row:

@@ -53,15 +53,16 @@ def interleave(
     repeats, seconds = {}, {name: list[float]() for name in cases}
     for name, run in cases.items():
         run()  # the first call loads code and takes memory
-        repeats[name] = max(1, math.ceil(0.02 / _seconds(run, 1)))
+        repeats[name] = max(1, math.ceil(0.02 / seconds_of(run)))
     for turn in range(rounds):
         for i, name in enumerate(list(cases)[:: -1 if turn % 2 else 1]):
             progress(name, (turn + i / len(cases)) / rounds)
-            seconds[name].append(_seconds(cases[name], repeats[name]))
+            seconds[name].append(seconds_of(cases[name], repeats[name]))
     return {name: Sample.of(values) for name, values in seconds.items()}
 
 
-def _seconds(run: Callable[[], object], repeats: int) -> float:
+def seconds_of(run: Callable[[], object], repeats: int = 1) -> float:
+    """Of one call, the mean of so many."""
     began = time.perf_counter()
     for _ in range(repeats):
         run()
@@ -83,7 +84,7 @@ class Parts(NamedTuple):
 def parts_of(run: Callable[[], object]) -> Parts:
     """Runs it once and says how long it took and what of that the two ops did."""
     with _watched("select") as indexer, _watched("sparse_attention") as attention:
-        total = _seconds(run, 1)
+        total = seconds_of(run)
     return Parts(total, sum(indexer), sum(attention))
 
 
