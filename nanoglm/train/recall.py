@@ -61,13 +61,14 @@ class Recall:
 
     Args:
         text: bytes, for text and for needles' filler.
+        skip: positions; False, a control, leaves them as they are.
 
     Raises:
         InputError: text of another tokenizer.
     """
 
-    def __init__(self, text: Tokens, seed: int = 0) -> None:
-        self.text, self.seed, self.drawn = text, seed, 0
+    def __init__(self, text: Tokens, seed: int = 0, skip: bool = True) -> None:
+        self.text, self.seed, self.skip, self.drawn = text, seed, skip, 0
 
     def take(self, length: int, count: int) -> Sample:
         """The next ``count`` sequences of ``length`` tokens. Raises InputError if that is odd or below 8."""
@@ -90,17 +91,20 @@ class Recall:
         task = list(MIX)[int(rng.choice(len(MIX), p=list(MIX.values())))]
         if task is None:
             window = self._window(length + 1, rng)
-            return window[:-1], window[1:], skipped(length, rng, np.empty(0, np.int64))
+            return window[:-1], window[1:], self._positions(length, rng, np.empty(0, np.int64))
         if length < SHORT:
             bar = length // 8 * 2  # three questions a fact
             ids = pairs(bar // 2, (length - bar) // 2, rng)
             targets = np.full(length, IGNORE)
             targets[1:bar] = ids[: bar - 1]  # the token before
             targets[bar + 1 :: 2] = ids[bar + 2 :: 2]
-            return ids[:-1], targets, skipped(length, rng, np.r_[1:bar:2, bar + 2 : length : 2])
+            return ids[:-1], targets, self._positions(length, rng, np.r_[1:bar:2, bar + 2 : length : 2])
         facts = int(rng.integers(length // 64, length // 8 + 1))
         example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)
-        return example.ids, example.targets, skipped(length, rng, example.sources)
+        return example.ids, example.targets, self._positions(length, rng, example.sources)
+
+    def _positions(self, length: int, rng: np.random.Generator, whole: np.ndarray) -> np.ndarray:
+        return skipped(length, rng, whole) if self.skip else np.arange(length)
 
     def _window(self, length: int, rng: np.random.Generator) -> np.ndarray:
         if len(self.text) < length:

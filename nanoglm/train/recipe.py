@@ -87,6 +87,8 @@ class Recipe:
     warmup: int = 50  # steps in which the rate rises
     floor: float = 0.1  # of the rate, at the end of its cosine
     weight_decay: float = 0.1
+    sharpen: float = 1.0  # times all attention's scores at the end, for sequences longer than those of training
+    skip_positions: bool = True  # in sequences of the tasks, see train/recall.py
     shared: float = 0.0  # of all embeddings at the start, see GLM.initialise
     own_layer_kl: bool = False  # an indexer learns from its own layer alone, not from all that it serves
     mtp_depths: int = 2
@@ -103,6 +105,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")
+        if not self.sharpen > 0:
+            raise InputError(f"sharpen is {self.sharpen}; expected more than 0")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
         if not math.isclose(total := sum(stage.share for stage in self.stages), 1.0, rel_tol=1e-6):

@@ -63,11 +63,11 @@ class Corpus:
     val: Tokens | None = None
     conversations: list[Document] | None = None
 
-    def sources(self, seed: int) -> dict[str, Source]:
+    def sources(self, seed: int, skip_positions: bool = True) -> dict[str, Source]:
         """By what a stage calls its data."""
         found: dict[str, Source] = {}
         if self.text is not None:
-            found["text"], found["recall"] = Windows(self.text, seed), Recall(self.text, seed)
+            found["text"], found["recall"] = Windows(self.text, seed), Recall(self.text, seed, skip_positions)
         if self.conversations is not None:
             found["conversations"] = Conversations(self.conversations, seed)
         return found
@@ -155,7 +155,7 @@ def run(
         InputError: the preset's vocabulary is not the byte tokenizer's, a stage's data is missing or too short, ``out``
             is not empty or, to resume, holds no run or that of another recipe; a budget for several processes.
     """
-    sources = data.sources(recipe.seed)
+    sources = data.sources(recipe.seed, recipe.skip_positions)
     for stage in recipe.stages:  # found now, not when the last stage begins
         if stage.data not in sources:
             raise InputError(f"{stage.data} is missing; expected some for stage {stage.name}")
@@ -193,6 +193,7 @@ def run(
     whole = model if ranks is None else gathered(model, ranks)
     if whole is None:
         return
+    sharpen(whole, recipe.sharpen)
     Model(whole, None if tasks else data.tokenizer).save(out)
     extra = {} if data.text is None or ranks is not None or tasks else shared_indexers(model, data.text, recipe)
     if extra:
@@ -201,6 +202,15 @@ def run(
         partial.chmod((out / "config.json").stat().st_mode)  # safetensors writes 0600
         os.replace(partial, out / SHARED_INDEXERS)
     shutil.rmtree(training)
+
+
+@torch.no_grad()
+def sharpen(model: GLM, factor: float) -> None:
+    """Multiplies all attention's scores, by the queries' projections. Among many more keys than in training the softmax
+    leaves less to the one it looks for; a lower temperature gives it back (YaRN, arXiv 2309.00071, section 3.4)."""
+    for name, weight in model.named_parameters():
+        if name.endswith("q_b_proj.weight"):
+            weight *= factor
 
 
 def where_of(device: str) -> str:

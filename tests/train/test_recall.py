@@ -180,6 +180,15 @@ def test_long_ones_are_a_mix() -> None:
     assert kinds == {"text", "needle", "multikey", "recall"}
 
 
+@pytest.mark.parametrize("length", [16, 256])
+def test_positions_that_are_not_skipped(length: int) -> None:
+    """A control: every row stands where it is."""
+    plain, skipping = Recall(TEXT, skip=False).take(length, 40), Recall(TEXT).take(length, 40)
+    assert plain.positions is not None and skipping.positions is not None
+    assert torch.equal(plain.positions, torch.arange(length).repeat(40))
+    assert (skipping.positions >= plain.positions).all() and (skipping.positions > plain.positions).any()
+
+
 def test_a_source_goes_on_from_its_state() -> None:
     source, again, other = Recall(TEXT, 5), Recall(TEXT, 5), Recall(TEXT, 6)
     source.take(16, 2)
@@ -228,6 +237,19 @@ def test_a_run_on_tasks_leaves_a_model_without_tokenizer(tmp_path: Any) -> None:
     model = load(tmp_path / "out")
     assert model.config.vocab_size == 2048
     assert abs(float(model.module.model.embed_tokens.weight.mean()) - 0.5) < 0.05
+
+
+def test_attention_is_sharpened_at_the_end(tmp_path: Any) -> None:
+    """By queries of twice the size and by nothing else."""
+    found = []
+    for factor in (1.0, 2.0):
+        recipe = Recipe("tiny", steps=1, tokens=64, stages=tasks(dense(1.0, 16)), sharpen=factor)
+        run(Corpus(byte_tokenizer(), TEXT), recipe, tmp_path / str(factor))
+        found.append(load(tmp_path / str(factor)).module.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value * (2 if name.endswith("q_b_proj.weight") else 1)), name
+    with pytest.raises(InputError, match="sharpen is 0; expected more than 0"):
+        Recipe(sharpen=0)
 
 
 def test_a_shared_direction_is_of_embeddings_alone() -> None:
