@@ -1,5 +1,5 @@
 // What is done to each row by itself: the root-mean-square norm, RoPE and the choice of experts (architecture spec
-// 2.2, 2.3, 2.9), fp32 inside.
+// 2.2, 2.3, 2.9), fp32 inside; its way into a pool of index keys.
 #include "common.h"
 
 namespace {
@@ -43,6 +43,15 @@ template <class X> void quantise(const X* x, int64_t count, int dim, int8_t* y, 
 EXPORT void nanoglm_quantise(int bf16, const void* x, int64_t count, int dim, int8_t* y, float* scales, int threads) {
   if (bf16) quantise((const uint16_t*)x, count, dim, y, scales, threads);
   else quantise((const float*)x, count, dim, y, scales, threads);
+}
+
+// Keys [count, dwords] to these places of a packed pool, [groups, dwords, 16].
+EXPORT void nanoglm_append(const uint32_t* keys, const int64_t* slots, int64_t count, int dwords, uint32_t* pool, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < count; t++) {
+    uint32_t* to = pool + slots[t] / GROUP * dwords * GROUP + slots[t] % GROUP;
+    for (int d = 0; d < dwords; d++) to[d * GROUP] = keys[t * dwords + d];
+  }
 }
 
 // x [count, dim] with rows `step` values apart, weight [dim], y [count, dim].

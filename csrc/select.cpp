@@ -8,7 +8,8 @@
 #include "common.h"
 
 namespace {
-constexpr int TILE = 32;  // queries that share a pass over the keys
+constexpr int TILE = 32;   // queries that share a pass over the keys
+constexpr int NEAR = 256;  // scores among which a threshold is looked for apart
 
 // ------------------------------------------------------------------------- top-k
 inline int32_t order(float f) {
@@ -34,6 +35,25 @@ int count_at_least(const float* s, int n, float t) {
   for (int i = 0; i < n; i++) count += s[i] >= t;
 #endif
   return count;
+}
+
+// Those of n scores that are at least `low` and not at least `high`, to `out`; returns how many. Reads up to 15 places beyond.
+int take(const float* s, int n, float low, float high, float* out) {
+  int taken = 0;
+#ifdef __AVX512F__
+  const __m512 from = _mm512_set1_ps(low), until = _mm512_set1_ps(high);
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 there = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
+    const __m512 x = _mm512_loadu_ps(s + i);
+    const __mmask16 in = _mm512_mask_cmp_ps_mask(_mm512_mask_cmp_ps_mask(there, x, from, _CMP_GE_OQ), x, until, _CMP_NGE_UQ);
+    _mm512_storeu_ps(out + taken, _mm512_maskz_compress_ps(in, x));
+    taken += __builtin_popcount(in);
+  }
+#else
+  for (int i = 0; i < n; i++)
+    if (s[i] >= low && !(s[i] >= high)) out[taken++] = s[i];
+#endif
+  return taken;
 }
 
 void range(const float* s, int n, float& low, float& high) {
@@ -67,19 +87,26 @@ void keep_best(Candidates& c, int k, int slack) {
   // then halves of the value, at last halves of the order, which always ends.
   int64_t low = order(least), high = (int64_t)order(most) + 1;
   int at_low = n, at_high = 0;
+  float between[NEAR];  // those in [low, high), as soon as they are few; what lies beyond has been counted
+  int few = 0, beyond = 0;
+  const auto count_from = [&](int64_t middle) {
+    const float t = unorder((int32_t)middle);
+    return few ? beyond + count_at_least(between, few, t) : count_at_least(c.score, n, t);
+  };
   for (int step = 0; at_low > k + slack && high - low > 1; step++) {
+    if (!few && at_low - at_high <= NEAR - GROUP) few = take(c.score, n, unorder((int32_t)low), unorder((int32_t)high), between), beyond = at_high;
     float a = unorder((int32_t)low), b = high > order(INFINITY) ? INFINITY : unorder((int32_t)high);
     float guess = step < 4 ? a + (b - a) * ((float)(at_low - k - slack / 2) / (float)(at_low - at_high)) : a * .5f + b * .5f;
     int64_t middle = step < 24 && std::isfinite(guess) ? order(guess) : (low + high) >> 1;
     if (middle <= low || middle >= high) middle = (low + high) >> 1;
-    int found = count_at_least(c.score, n, unorder((int32_t)middle));
+    int found = count_from(middle);
     if (found >= k) low = middle, at_low = found;
     else high = middle, at_high = found;
   }
   if (low == -1) low = 0;  // -0.0 is +0.0
   float threshold = unorder((int32_t)low);
   int equal = n;  // how many scores equal to the threshold stay
-  if (at_low > k + slack) equal = k - (low == order(INFINITY) ? 0 : count_at_least(c.score, n, unorder((int32_t)low + 1)));
+  if (at_low > k + slack) equal = k - (low == order(INFINITY) ? 0 : count_from(low + 1));
   int kept = 0;
 #ifdef __AVX512F__
   __m512 t = _mm512_set1_ps(threshold);
@@ -276,11 +303,16 @@ inline uint64_t above(const float* scores, float threshold) {
   return found;
 }
 
-// Takes a block's survivors up, in ascending position.
+// Takes a block's survivors up, in ascending position. The scores may lie where the candidates end.
 inline void push(Candidates& c, const float* scores, uint64_t found, int base) {
 #ifdef __AVX512F__
+  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (found == ~0ull && scores == c.score + c.count) {
+    for (int v = 0; v < 4; v++) _mm512_storeu_si512(c.at + c.count + v * 16, _mm512_add_epi32(_mm512_set1_epi32(base + v * 16), iota));
+    c.count += BLOCK;
+    return;
+  }
   if (__builtin_popcountll(found) > 2) {
-    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int v = 0; v < 4; v++) {
       __mmask16 m = (__mmask16)(found >> (v * 16));
       _mm512_storeu_ps(c.score + c.count, _mm512_maskz_compress_ps(m, _mm512_loadu_ps(scores + v * 16)));
@@ -391,7 +423,7 @@ void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at
     uint32_t any = 0;
     for (int i = blind; i < rows; i++) {
       const float *w = p.weights + (first + i) * p.heads, threshold = s.c[i].threshold;
-      float* scores = s.scores[i];
+      float* scores = threshold == -INFINITY ? s.c[i].score + s.c[i].count : s.scores[i];  // where all are taken up, they stay
       for (int l = i * ahead; l < std::min((i + 1) * ahead, BLOCK * dwords / 16); l++) __builtin_prefetch(next + l * 16, 0, 2);
 #ifdef __AVX512BF16__
       if (p.kind == BFLOAT16) found[i] = block_pairs(keys, (const uint32_t*)p.q + (first + i) * row / 2, w, p.heads, p.dim / 2, threshold, scores);
@@ -414,7 +446,7 @@ void pass(const Problem& p, int64_t request, int64_t first, int rows, int64_t at
     }
     for (; any; any &= any - 1) {  // apart from the scoring, whose flow no survivor disturbs
       const int i = __builtin_ctz(any);
-      push(s.c[i], s.scores[i], found[i], (int)(b * BLOCK));
+      push(s.c[i], s.c[i].threshold == -INFINITY ? s.c[i].score + s.c[i].count : s.scores[i], found[i], (int)(b * BLOCK));
       if (s.c[i].count > s.capacity - BLOCK) keep_best(s.c[i], p.k, p.k / 8);
     }
   }

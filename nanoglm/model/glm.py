@@ -36,7 +36,8 @@ class Output(NamedTuple):
     """Result of one pass of the main model."""
 
     hidden: Tensor  # [T, D], after the final norm: feeds the head and the MTP layer; of the rows asked for
-    selections: list[Tensor | None]  # one int32 [T, K] a layer; a Shared layer's is its source's object (not at a tail)
+    # One int32 [T, K] a layer; a Shared layer's is its source's object. At a tail the last layer's alone, of its rows.
+    selections: list[Tensor | None]
     step: Pass  # the pass itself, which MTP drafting continues
 
 
@@ -111,7 +112,8 @@ class GLM(nn.Module):
                 x_TD, selection = layer(x_TD[rows], asked, None if selection is None else selection[rows])
             else:
                 x_TD, selection = layer(x_TD, step, selection)  # Full: its own; Shared: the one it received
-            used.append(selection)
+            if tail is None or layer is layers[-1]:  # k positions a row of every Full layer are more than the rows
+                used.append(selection)
         return Output(self.model.norm(x_TD), used, step)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

@@ -69,6 +69,25 @@ def test_select_equals_reference(isa: str, batch_rows, heads, dim, k, dtype, kin
 
 @drawn
 @given(
+    st.integers(1, 3000), st.integers(1, 12), st.integers(1, 600), DTYPES, st.floats(0, 1), st.floats(0, 1),
+    st.sampled_from([1, 8, 100]), st.integers(0, 99),
+)  # fmt: skip
+def test_select_among_scores_of_both_signs_and_zeros(isa, length, rows, k, dtype, zeros, negative, most, seed):
+    """So many keys that some are let go on the way; thresholds below, at and above a crowd of zeros."""
+    torch.manual_seed(seed)
+    rows = min(rows, length)
+    score = torch.randint(1, most + 1, (length,)) * torch.where(torch.rand(length) < negative, -1, 1)
+    score = torch.where(torch.rand(length) < zeros, 0, score).to(dtype)
+    keys = torch.stack([score.relu(), (-score).relu()], 1)  # by a head of weight 1 and one of weight -1
+    q, weights = torch.eye(2, dtype=dtype).expand(rows, 2, 2), torch.tensor([1.0, -1.0]).expand(rows, 2)
+    batch = Batch.build([rows], [length], torch.arange(-(-length // PAGE)).int()[None], PAGE)
+    pool = written(keys, batch, dtype, PAGE * batch.table.shape[1])
+    storage = torch.cat([keys, torch.zeros(PAGE * batch.table.shape[1] - length, 2, dtype=dtype)])
+    assert torch.equal(ops.select(q, weights, pool, batch, k), reference.select(q, weights, storage, batch, k))
+
+
+@drawn
+@given(
     batches(400), st.integers(1, 24), st.integers(1, 36), st.integers(1, 120), DTYPES,
     st.sampled_from(["random", "ties", "equal", "rising"]), st.integers(0, 99),
 )  # fmt: skip
@@ -101,6 +120,27 @@ def written(keys: Tensor, batch: Batch, dtype: torch.dtype, storage: int) -> Ten
         slots = ops.batch.storage_rows(at, torch.full_like(at, request), batch.table, PAGE)
         ops.index_append(pool, keys[slots], slots)
     return pool
+
+
+@drawn
+@given(
+    st.integers(0, 300),
+    st.integers(1, 130),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+    st.integers(0, 99),
+)
+def test_append_equals_indexing(isa, count, dim, dtype, seed):
+    """To drawn places in drawn order; what lies beside them stays."""
+    torch.manual_seed(seed)
+    keys, slots = torch.randn(count, dim), torch.randperm(5 * PAGE)[:count]
+    found = []
+    for best in (cpu.best, lambda: None):
+        pool = cpu.packed_pool(5, dim, dtype)
+        pool.view(torch.uint8).fill_(7)
+        with patch.object(cpu, "best", best):
+            cpu.append_packed(pool, keys, slots)
+        found.append(pool.view(torch.uint8))
+    assert torch.equal(*found)
 
 
 def equal_but_at_the_boundary(found: Tensor, expected: Tensor, q: Tensor, weights: Tensor, keys: Tensor, batch: Batch):

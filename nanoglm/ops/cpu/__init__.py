@@ -43,6 +43,7 @@ _SIGNATURES = {  # of csrc's exported functions
     "rotate": "ipqqppqiipi",
     "top": "pqiipi",
     "quantise": "ipqippi",
+    "append": "ppqipi",
 }
 
 
@@ -232,6 +233,14 @@ class Library:
         )
         return y, scale
 
+    def append(self, pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+        """Keys [T, I] of the pool's dtype, in whole dwords, to rows slots int64 [T] of a packed pool."""
+        keys, slots = keys.contiguous(), slots.contiguous()
+        count, dwords = keys.shape[0], keys.shape[1] * keys.element_size() // 4
+        self.handle.nanoglm_append(
+            keys.data_ptr(), slots.data_ptr(), count, dwords, pool.data_ptr(), _threads(keys.numel())
+        )
+
     def top(self, scores: Tensor, k: int) -> Tensor:
         """fp32 [T, n] -> int64 [T, k]."""
         scores = scores.contiguous()
@@ -316,8 +325,10 @@ def append_packed(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
         values = (_whole(keys).to(torch.int16) + 128).to(torch.uint8)
         keys = torch.cat([values, scale[:, None].view(torch.uint8)], 1)
     keys = _whole(keys.to(pool.dtype))
+    if lib := best():
+        return lib.append(pool, keys, slots)
     if pool.ndim == 5:
-        keys = keys.view(keys.shape[0], -1, pool.shape[4])
+        keys = keys.unflatten(1, (-1, pool.shape[4]))
     pool.flatten(0, 1)[slots // GROUP, :, slots % GROUP] = keys
 
 
