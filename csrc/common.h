@@ -50,6 +50,13 @@ static inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays
   if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40);
   return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2), aligned(2)));
+static inline vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+static inline void store(uint16_t* p, vf x) {
+  const vu bits = (vu)x, rounded = bits + 0x7fff + (bits >> 16 & 1), nan = (vu)((bits & 0x7fffffff) > 0x7f800000);
+  *(vh*)p = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, vh);
+}
 static inline float get(const float* x) { return *x; }
 static inline float get(const uint16_t* x) { return widen(*x); }
 static inline void put(float* to, float x) { *to = x; }

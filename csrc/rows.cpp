@@ -7,14 +7,20 @@ template <class X> void norm(const X* x, int64_t step, const X* weight, float ep
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < count; t++) {
     const X* row = x + t * step;
-    float lanes[16] = {}, sum = 0;
+    vf lanes[PARTS] = {};  // sixteen sums, whatever a vector holds
+    float sum = 0;
     int d = 0;
-    for (; d + 16 <= dim; d += 16)
-      for (int l = 0; l < 16; l++) lanes[l] = std::fma(get(row + d + l), get(row + d + l), lanes[l]);
-    for (int l = 0; d + l < dim; l++) lanes[l] = std::fma(get(row + d + l), get(row + d + l), lanes[l]);
-    for (int l = 0; l < 16; l++) sum += lanes[l];
+    for (; d + GROUP <= dim; d += GROUP)
+      for (int part = 0; part < PARTS; part++) {
+        const vf v = load(row + d + part * LANES);
+        lanes[part] += v * v;
+      }
+    for (int l = 0; d + l < dim; l++) lanes[l / LANES][l % LANES] = std::fma(get(row + d + l), get(row + d + l), lanes[l / LANES][l % LANES]);
+    for (int l = 0; l < GROUP; l++) sum += lanes[l / LANES][l % LANES];
     const float scale = 1.f / std::sqrt(sum / (float)dim + eps);
-    for (int i = 0; i < dim; i++) put(y + t * dim + i, get(row + i) * scale * get(weight + i));
+    int i = 0;
+    for (; i + LANES <= dim; i += LANES) store(y + t * dim + i, load(row + i) * scale * load(weight + i));
+    for (; i < dim; i++) put(y + t * dim + i, get(row + i) * scale * get(weight + i));
   }
 }
 

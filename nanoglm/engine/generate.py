@@ -13,7 +13,7 @@ from nanoglm.engine.request import check_prompt
 from nanoglm.engine.sampler import sample
 from nanoglm.model import GLM, Tape
 
-PREFILL_CHUNK = 1024  # as fast as 2,048 or 4,096 on a CPU, with half the activations
+PREFILL_CHUNK = 2048  # 5 % faster than 1,024 on two cores; 4,096 gains nothing for twice the activations
 
 
 @torch.no_grad()
