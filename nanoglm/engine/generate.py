@@ -36,7 +36,7 @@ def prefill(
         wanted = int(begin + chunk >= len(ids))  # rows whose hidden states are read
         output = model(
             torch.tensor(part, device=device), cache.extend([request], [len(part)]), cache, tape=tape,
-            tail=None if record is not None else [wanted], **given,
+            tail=None if record is not None else [wanted], keep_selections=record is not None, **given,
         )  # fmt: skip
         if record is not None and tape is not None:
             record.append(part, output.selections, tape.experts)

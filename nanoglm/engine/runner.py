@@ -46,7 +46,8 @@ class Runner:
         batch = self.cache.extend([_handle(work) for work in works], counts)
         asked = [asked_rows(work) for work in works]
         tail = None if self.drafting else asked
-        hidden = self.model(torch.tensor(ids, device=self.device), batch, self.cache, tail=tail).hidden
+        packed = torch.tensor(ids, device=self.device)
+        hidden = self.model(packed, batch, self.cache, tail=tail, keep_selections=False).hidden
         rows = hidden
         if self.drafting:
             parts = hidden.split(counts)

@@ -36,8 +36,7 @@ class Output(NamedTuple):
     """Result of one pass of the main model."""
 
     hidden: Tensor  # [T, D], after the final norm: feeds the head and the MTP layer; of the rows asked for
-    # One int32 [T, K] a layer; a Shared layer's is its source's object. At a tail the last layer's alone, of its rows.
-    selections: list[Tensor | None]
+    selections: list[Tensor | None]  # one int32 [T, K] a layer; a Shared layer's is its source's object (not at a tail)
     step: Pass  # the pass itself, which MTP drafting continues
 
 
@@ -77,6 +76,7 @@ class GLM(nn.Module):
         tape: Tape | None = None,
         tail: Sequence[int] | None = None,
         topk: int | None = None,
+        keep_selections: bool = True,
     ) -> Output:
         """Runs the decoder layers over one ragged batch.
 
@@ -91,6 +91,8 @@ class GLM(nn.Module):
             tail: of how many of each request's last rows the hidden states are wanted (default: of all). The
                 last layer then writes every row's keys and works at those rows only; nothing else reads it.
             topk: tokens that each row selects, if not the configuration's ``index_topk``.
+            keep_selections: False lets each go once the next Full layer has its own, and returns none: k positions
+                a row and Full layer are more memory than the rows.
 
         Raises:
             ValueError: an expanded form asked for on a paged batch, whose keys are not the batch's rows.
@@ -112,7 +114,7 @@ class GLM(nn.Module):
                 x_TD, selection = layer(x_TD[rows], asked, None if selection is None else selection[rows])
             else:
                 x_TD, selection = layer(x_TD, step, selection)  # Full: its own; Shared: the one it received
-            if tail is None or layer is layers[-1]:  # k positions a row of every Full layer are more than the rows
+            if keep_selections:
                 used.append(selection)
         return Output(self.model.norm(x_TD), used, step)
 

@@ -210,7 +210,7 @@ def sharpen(model: GLM, factor: float) -> None:
     leaves less to the one it looks for; a lower temperature gives it back (YaRN, arXiv 2309.00071, section 3.4)."""
     for name, weight in model.named_parameters():
         if name.endswith("q_b_proj.weight"):
-            weight *= factor
+            weight.mul_(factor)
 
 
 def where_of(device: str) -> str:

@@ -183,14 +183,14 @@ _glm_forward, _types_from_rule = glm.GLM.forward, config.types_from_rule
 
 def _first_full(self: glm.GLM, *args: Any, **kwargs: Any) -> Any:
     """Shared layers take the previous Full layer's Selection, not the last one's."""
-    if kwargs.get("selections") is not None:
-        return _glm_forward(self, *args, **kwargs)
-    output = _glm_forward(self, *args, **kwargs | {"tail": None})
+    output = _glm_forward(self, *args, **kwargs | {"keep_selections": True})
     full = self.config.full_layers
     wrong, sources = [], [0, *full]
     for i in range(self.config.num_hidden_layers):
         before = [s for s in sources if s <= i]
         wrong.append(output.selections[i if self.config.has_indexer(i) else before[-2]])
+    if kwargs.get("selections") is not None:
+        return output
     return _glm_forward(self, *args, **kwargs | {"selections": wrong})
 
 
@@ -315,7 +315,7 @@ def _pre_norm(self: Any, next_TD: Tensor, hidden: Tensor, step: Any, selection: 
 
 
 def _remembering(self: Any, *args: Any, **kwargs: Any) -> Any:
-    output = _glm_forward(self, *args, **kwargs)
+    output = _glm_forward(self, *args, **kwargs | {"keep_selections": True})
     self._last_selection = output.selections[-1]
     return output
 
