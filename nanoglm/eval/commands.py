@@ -22,9 +22,11 @@ from nanoglm.eval.longcontext import Row, cells, evaluate
 from nanoglm.ops import cpu
 from nanoglm.tasks import VOCABULARY, Task
 
+DEFAULT_MODEL = Path(__file__).parents[1] / "assets" / "recall"  # recipes/recall.py trained it
+
 
 def longcontext(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str, tyro.conf.Positional] = str(DEFAULT_MODEL),
     /,
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536),
     sequences: int = 5,
@@ -38,7 +40,8 @@ def longcontext(
     """Questions about facts in a long haystack: right answers with 95 % intervals, and what each layer selected.
 
     Args:
-        model: A checkpoint directory with the tasks' vocabulary of 2,048, such as recipes/recall.py trains.
+        model: A checkpoint directory with the tasks' vocabulary of 2,048, such as recipes/recall.py trains; if left
+            out, the one that comes with nanoglm.
         lengths: Tokens of a sequence, its questions included.
         sequences: Of each length, with 64 questions each.
         task: What is hidden and asked (nanoglm/tasks.py).
