@@ -347,7 +347,7 @@ MISTAKES = {
     "few rounds": (["ops", "--rounds", "2"], "rounds is 2; expected at least 3"),
     "no tokens": (["prefill", "--lengths", "0"], "length is 0; expected 1 to 1048576 tokens"),
     "endless": (["decode", "--lengths", "9999999"], "length is 9999999; expected 1 to"),
-    "short whole": (["prefill", "--whole", "100"], "length is 100; expected 2048 to"),
+    "short whole": (["prefill", "--whole", "100"], "length is 100; expected 4096 to"),
     "no such folder": (["decode", "--out", "/nowhere/x.json"], "out is /nowhere/x.json, which cannot be written"),
     "no prototype": (["ops", "--prototype", "/nowhere"], "prototype is /nowhere; expected a folder with dsa_cpu.cpp"),
     "no files": (["report"], "files are none; expected JSON files"),
