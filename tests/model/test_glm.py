@@ -35,6 +35,13 @@ def test_shared_selection_is_the_same_object(model: GLM) -> None:
 
 
 @torch.no_grad()
+def test_selections_that_nobody_needs_are_let_go(model: GLM) -> None:
+    kept, bare = (model(IDS, BATCH, BatchStore(), keep_selections=keep) for keep in (True, False))
+    assert len(kept.selections) == model.config.num_hidden_layers and bare.selections == []
+    assert torch.equal(bare.hidden, kept.hidden)
+
+
+@torch.no_grad()
 def test_shared_layer_without_a_selection_is_an_error(model: GLM) -> None:
     step = model(IDS, BATCH, BatchStore()).step
     with pytest.raises(RuntimeError, match="layer 1 is Shared"):
