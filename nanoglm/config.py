@@ -278,6 +278,11 @@ class GLMConfig:
         """A copy with some fields changed, validated again."""
         return replace(self, **changes)
 
+    def with_pattern(self, pattern: str) -> GLMConfig:
+        """A copy whose layers are Full and Shared as the letters F and S say. Raises ConfigError: other letters, another
+        number of them, S first."""
+        return self.replace(indexer_types=_types_from_pattern(pattern, self.num_hidden_layers))
+
 
 # fmt: off
 _SIZES = (  # positive integers that every file must give

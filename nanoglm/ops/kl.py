@@ -47,12 +47,12 @@ def indexer_kl(
         end = min(begin + step, length)
         if chosen is None:
             mask, at = (positions[: before + end] <= positions[before + begin : before + end, None])[None], None
-            seen = k[:, None, : before + end]  # [B, 1, S, I]
+            seen = k[:, : before + end]  # [B, S, I]
         else:
             at = chosen[:, begin:end]
             mask, at = at >= 0, at.clamp(min=0)
             seen = k[sequence, at]  # [B, t, K, I]
-        dots = (q[:, begin:end] @ seen.mT).relu()  # [B, t, J, S]
+        dots = _products(q[:, begin:end], seen.mT).relu()  # [B, t, J, S]
         scores = (w[:, begin:end, None] @ dots).squeeze(2)
         log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
         p = attention(teachers, begin, end, scale, mask, at)
@@ -60,13 +60,20 @@ def indexer_kl(
         d = log_q.exp() - p  # both 0 where nothing is seen
         dw[:, begin:end] = (dots @ d[..., None]).squeeze(-1)
         d_dots = d[:, :, None] * w[:, begin:end, :, None] * (dots > 0)
-        dq[:, begin:end] = d_dots @ seen
+        dq[:, begin:end] = _products(d_dots, seen)
         if at is None:
             dk[:, : before + end] += d_dots.flatten(1, 2).mT @ q[:, begin:end].flatten(1, 2)
         else:
             rows = (at + sequence * k.shape[1]).flatten()
             dk.flatten(0, 1).index_add_(0, rows, (d_dots.mT @ q[:, begin:end]).flatten(0, 2))
     return total, dq.flatten(0, 1), dw.flatten(0, 1), dk.flatten(0, 1)
+
+
+def _products(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [B, t, J, a] with a matrix of each row, [B, t, a, b], or of each sequence, [B, a, b]: [B, t, J, b]."""
+    if matrix.ndim == 4:
+        return rows @ matrix
+    return (rows.flatten(1, 2) @ matrix).unflatten(1, rows.shape[1:3])  # broadcast, it would be copied for each row
 
 
 def attention(teachers: Teachers, begin: int, end: int, scale: float, mask: Tensor, at: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ Source: training spec 5.2, 5.3.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,19 +57,34 @@ def pairs(facts: int, questions: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([stated.flatten(), [ASK], stated[rng.integers(facts, size=questions)].flatten()])
 
 
+def chained(ids: np.ndarray) -> dict[int, int]:
+    """Of ``multihop``: the rows at which a statement names another key, and the value to which that one leads.
+
+    Asked for as such: where each link knows its value as soon as it stands, hops are recall again and again.
+    """
+    values: dict[int, int] = {}
+    links: dict[int, int] = {}
+    for row, (key, other) in enumerate(pairwise(ids.tolist()), 1):
+        if key not in KEYS or key in values:  # a key that comes again is a question, or another one's statement
+            continue
+        if other in KEYS:
+            links[row] = values[other]
+        values[key] = links.get(row, other)
+    return links
+
+
 class Recall:
     """A source of task samples; its state is how many it drew.
 
     Args:
         text: bytes, for text and for needles' filler.
         skip: positions; False, a control, leaves them as they are.
-
-    Raises:
-        InputError: text of another tokenizer.
+        hops: share of chains of several hops; the other tasks keep their proportions.
     """
 
-    def __init__(self, text: Tokens, seed: int = 0, skip: bool = True) -> None:
+    def __init__(self, text: Tokens, seed: int = 0, skip: bool = True, hops: float = 0.0) -> None:
         self.text, self.seed, self.skip, self.drawn = text, seed, skip, 0
+        self.mix = {task: share * (1 - hops) for task, share in MIX.items()} | ({"multihop": hops} if hops else {})
 
     def take(self, length: int, count: int) -> Sample:
         """The next ``count`` sequences of ``length`` tokens. Raises InputError if that is odd or below 8."""
@@ -88,7 +104,7 @@ class Recall:
 
     def _row(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, targets and positions."""
-        task = list(MIX)[int(rng.choice(len(MIX), p=list(MIX.values())))]
+        task = list(self.mix)[int(rng.choice(len(self.mix), p=list(self.mix.values())))]
         if task is None:
             window = self._window(length + 1, rng)
             return window[:-1], window[1:], self._positions(length, rng, np.empty(0, np.int64))
@@ -99,9 +115,15 @@ class Recall:
             targets[1:bar] = ids[: bar - 1]  # the token before
             targets[bar + 1 :: 2] = ids[bar + 2 :: 2]
             return ids[:-1], targets, self._positions(length, rng, np.r_[1:bar:2, bar + 2 : length : 2])
-        facts = int(rng.integers(length // 64, length // 8 + 1))
+        most = length // (16 if task == "multihop" else 8)
+        facts = int(rng.integers(max(1, length // 64), most + 1))
         example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)
-        return example.ids, example.targets, self._positions(length, rng, example.sources)
+        whole = example.sources
+        if task == "multihop":
+            links = chained(example.ids)
+            example.targets[list(links)] = list(links.values())
+            whole = np.r_[whole, list(links)]
+        return example.ids, example.targets, self._positions(length, rng, whole)
 
     def _positions(self, length: int, rng: np.random.Generator, whole: np.ndarray) -> np.ndarray:
         return skipped(length, rng, whole) if self.skip else np.arange(length)

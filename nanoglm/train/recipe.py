@@ -76,6 +76,7 @@ class Recipe:
 
     preset: str = "nano"  # or d2 to d64, the dial: so many layers and all else in proportion
     depth: int | None = None  # layers, if not the preset's; all else stays, the schedule goes on by its rule
+    pattern: str | None = None  # which layers are Full and which Shared, letters F and S, if not by that rule
     steps: int = 4000
     tokens: int = 2048  # a step
     pass_tokens: int | None = None  # of one forward pass at most; the rest of a step is accumulated. None: all
@@ -89,6 +90,7 @@ class Recipe:
     weight_decay: float = 0.1
     sharpen: float = 1.0  # times all attention's scores at the end, for sequences longer than those of training
     skip_positions: bool = True  # in sequences of the tasks, see train/recall.py
+    hops: float = 0.0  # share of chains of several hops among the tasks
     shared: float = 0.0  # of all embeddings at the start, see GLM.initialise
     own_layer_kl: bool = False  # an indexer learns from its own layer alone, not from all that it serves
     mtp_depths: int = 2
@@ -107,6 +109,8 @@ class Recipe:
                 raise InputError(f"{name} is {value}; expected at least 1")
         if not self.sharpen > 0:
             raise InputError(f"sharpen is {self.sharpen}; expected more than 0")
+        if not 0 <= self.hops <= 1:
+            raise InputError(f"hops is {self.hops}; expected a share, 0 to 1")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; expected 0 to 2**63 - 1")
         if not math.isclose(total := sum(stage.share for stage in self.stages), 1.0, rel_tol=1e-6):

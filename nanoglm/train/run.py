@@ -63,13 +63,14 @@ class Corpus:
     val: Tokens | None = None
     conversations: list[Document] | None = None
 
-    def sources(self, seed: int, skip_positions: bool = True) -> dict[str, Source]:
+    def sources(self, recipe: Recipe) -> dict[str, Source]:
         """By what a stage calls its data."""
         found: dict[str, Source] = {}
         if self.text is not None:
-            found["text"], found["recall"] = Windows(self.text, seed), Recall(self.text, seed, skip_positions)
+            found["text"] = Windows(self.text, recipe.seed)
+            found["recall"] = Recall(self.text, recipe.seed, recipe.skip_positions, recipe.hops)
         if self.conversations is not None:
-            found["conversations"] = Conversations(self.conversations, seed)
+            found["conversations"] = Conversations(self.conversations, recipe.seed)
         return found
 
 
@@ -112,6 +113,8 @@ def config_of(recipe: Recipe, tokenizer: Tokenizer) -> GLMConfig:
     """
     changes = {"num_hidden_layers": recipe.depth} if recipe.depth else {}
     config = GLMConfig.preset(recipe.preset, **changes)
+    if recipe.pattern is not None:
+        config = config.with_pattern(recipe.pattern)
     if recipe.reads("recall"):
         return config.replace(vocab_size=VOCABULARY)
     if tokenizer.is_bytes and recipe.preset in PRESETS and config.vocab_size != tokenizer.vocab_size:
@@ -155,7 +158,7 @@ def run(
         InputError: the preset's vocabulary is not the byte tokenizer's, a stage's data is missing or too short, ``out``
             is not empty or, to resume, holds no run or that of another recipe; a budget for several processes.
     """
-    sources = data.sources(recipe.seed, recipe.skip_positions)
+    sources = data.sources(recipe)
     for stage in recipe.stages:  # found now, not when the last stage begins
         if stage.data not in sources:
             raise InputError(f"{stage.data} is missing; expected some for stage {stage.name}")
