@@ -28,6 +28,7 @@ from nanoglm.engine.request import accepted_length
 from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.commands import longcontext
 from nanoglm.eval.perplexity import all_full, evaluate
+from nanoglm.indexcache.commands import Verb as IndexCacheVerb
 from nanoglm.ops import count_work, cpu
 from nanoglm.train.commands import data, recipe_of, report, training
 from nanoglm.train.recipe import Recipe
@@ -307,6 +308,14 @@ def bench(verb: Annotated[Verb, tyro.conf.arg(name="")]) -> None:
     """
 
 
+def indexcache(verb: Annotated[IndexCacheVerb, tyro.conf.arg(name="")]) -> None:
+    """The pattern lab: which layers can do without an indexer, by overlap, search and distillation.
+
+    Args:
+        verb: What to do; it has run when this is called.
+    """
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "demo": demo,
@@ -317,6 +326,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "verify": verify_,
     "bench": bench,
+    "indexcache": indexcache,
     "doctor": doctor,
     "data": data,
     "train": training(Recipe()),

@@ -279,8 +279,11 @@ class GLMConfig:
         return replace(self, **changes)
 
     def with_pattern(self, pattern: str) -> GLMConfig:
-        """A copy whose layers are Full and Shared as the letters F and S say. Raises ConfigError: other letters, another
-        number of them, S first."""
+        """A copy whose layers are Full and Shared as the letters F and S say.
+
+        Raises:
+            ConfigError: other letters, another number of them, or S first.
+        """
         return self.replace(indexer_types=_types_from_pattern(pattern, self.num_hidden_layers))
 
 

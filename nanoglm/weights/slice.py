@@ -1,4 +1,4 @@
-"""Cutting a small checkpoint out of a large one: some layers, some experts, every tensor as it lies.
+"""Cutting a small checkpoint out of a large one: some layers, experts and indexers, every tensor as it lies.
 
 What comes out is a GLM of the same family that loads here, in transformers and in serving engines: to debug
 with real weights on a small machine. Its text is nonsense; its shapes, names, dtypes and formats are real.
@@ -34,22 +34,25 @@ def slice_checkpoint(
     layers: Sequence[int] | None = None,
     experts: Sequence[int] | None = None,
     mtp: bool = True,
+    pattern: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[float], None] = lambda share: None,
 ) -> GLMConfig:
-    """Writes the checkpoint that has only these layers and experts, renumbered from 0.
+    """Writes the checkpoint that has only these layers and experts, renumbered from 0, and indexers by a pattern.
 
     Args:
         layers: decoder layers to keep; all if None. A Shared layer needs the Full layer it takes its
             Selection from. experts: routed experts to keep in every layer; all if None.
         mtp: keep the MTP layer, if there is one.
+        pattern: F and S of the layers that are kept; the indexers of those that become Shared are left out.
         progress: called with the share of tensors done, 0 to 1.
 
     Returns:
         The new configuration.
 
     Raises:
-        InputError: layers or experts that do not exist or do not make a model, or an unwritable ``out``.
+        InputError: layers or experts that do not exist or do not make a model, F where there is no indexer, or an
+            unwritable ``out``.
         ConfigError, CheckpointError: as :class:`Checkpoint`.
     """
     checkpoint = Checkpoint(source)
@@ -72,9 +75,18 @@ def slice_checkpoint(
         num_experts_per_tok=min(config.num_experts_per_tok, len(experts)),
         num_nextn_predict_layers=int(mtp),
     )
+    had = config.full_layers
+    if pattern is not None:
+        config = config.with_pattern(pattern)
+    if lacks := set(config.full_layers) - set(had):
+        raise InputError(
+            f"pattern {pattern} has F at layer {min(lacks)}; expected F where the checkpoint has an indexer"
+        )
     keep, ignored = torch.tensor(experts), set(checkpoint.report.ignored)
     renamed = {name: _renamed(name, places, experts) for name in checkpoint.shards.shapes if name not in ignored}
-    names = {name: new for name, new in renamed.items() if new is not None}  # what is left behind is not read
+    names = {  # what is left behind is not read
+        name: new for name, new in renamed.items() if new is not None and not _without_indexer(new, config)
+    }
     with replacing(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for done, (name, tensor) in enumerate(checkpoint.shards.stream(names), 1):
@@ -86,7 +98,8 @@ def slice_checkpoint(
         if quantization is not None and "modules_to_not_convert" in quantization:
             listed = quantization["modules_to_not_convert"] or []
             moved = (_renamed(str(module) + ".", places, experts) for module in listed)
-            raw["quantization_config"] = quantization | {"modules_to_not_convert": [m[:-1] for m in moved if m]}
+            kept = [m[:-1] for m in moved if m and not _without_indexer(m, config)]
+            raw["quantization_config"] = quantization | {"modules_to_not_convert": kept}
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         for companion in COMPANIONS:
             if (checkpoint.directory / companion).is_file():
@@ -131,6 +144,12 @@ def _renamed(name: str, places: dict[int, int], experts: list[int]) -> str | Non
         return None
     begin, end = expert.span("expert")
     return f"{name[:begin]}{experts.index(int(expert['expert']))}{name[end:]}"
+
+
+def _without_indexer(name: str, config: GLMConfig) -> bool:
+    """Whether something is of the indexer of a layer that has none."""
+    layer = LAYER.match(name)
+    return layer is not None and ".indexer." in name and not config.has_indexer(int(layer["layer"]))
 
 
 def _kept(name: str, tensor: Tensor, experts: Tensor) -> Tensor:

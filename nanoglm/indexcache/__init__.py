@@ -1,0 +1,1 @@
+"""The pattern lab: which layers can do without an indexer (indexcache spec)."""

@@ -1,0 +1,369 @@
+"""``nanoglm indexcache ...``: the verbs. What training and plots need is imported when they run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+from tyro.conf import Positional, subcommand
+
+from nanoglm.api import Model, load
+from nanoglm.chat.tokenizer import byte_tokenizer
+from nanoglm.errors import InputError
+from nanoglm.indexcache import calibration, overlap, pattern
+from nanoglm.indexcache.apply import apply, launch_lines
+from nanoglm.indexcache.calibration import Calibration
+from nanoglm.indexcache.evaluate import Evaluator
+from nanoglm.indexcache.search import Method, Row, Search, cost
+from nanoglm.indexcache.stack import GLMStack
+from nanoglm.memory import parse_bytes
+from nanoglm.tasks import VOCABULARY, Task
+
+SETTINGS, EVALUATIONS, RESULT, OVERLAP = "settings.json", "evaluations.jsonl", "result.json", "overlap.json"
+DEFAULT = str(Path(__file__).parents[1] / "assets" / "indexcache")  # recipes/indexcache.py trained it
+ModelName = Annotated[str, tyro.conf.Positional]
+
+
+def overlap_(
+    model: ModelName = DEFAULT,
+    /,
+    data: Path | None = None,
+    tasks: tuple[Task, ...] = (),
+    length: int = 512,
+    sequences: int = 64,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """How much the layers' Selections have in common, corrected for chance, by range of positions.
+
+    Args:
+        model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
+        data: A UTF-8 text.
+        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py); recall and multihop if neither is given.
+        length: Tokens of a sequence.
+        sequences: How many.
+        seed: Of the tasks' sequences.
+        out: A folder for the figures, which nanoglm indexcache report draws.
+    """
+    loaded = load(model)
+    stack = GLMStack(loaded.module)
+    bands = overlap.overlap(stack, sequences_of(loaded, data, tasks, length, sequences, seed))
+    table = Table("positions", "queries", "chance", "neighbours", "all pairs", "least", "corrected: neighbours", "all")
+    n = len(stack.pattern)
+    off = ~torch.eye(n, dtype=torch.bool)
+    for band in bands:
+        cells = [band.overlap.diagonal(1).mean(), band.overlap[off].mean(), band.overlap.min()]
+        cells += [band.corrected.diagonal(1).mean(), band.corrected[off].mean()]
+        shown = (f"{float(cell):.3f}" for cell in cells)
+        table.add_row(f"{band.begin} to {band.end - 1}", f"{band.queries:,}", f"{band.chance:.3f}", *shown)
+    Console(width=max(Console().width, 110)).print(table)
+    if out is not None:
+        rows = [
+            {"begin": b.begin, "end": b.end, "queries": b.queries, "chance": b.chance, "overlap": b.overlap.tolist()}
+            for b in bands
+        ]
+        _write(out / OVERLAP, {"pattern": stack.pattern, "bands": rows})
+
+
+def search(
+    model: ModelName = DEFAULT,
+    /,
+    keep: str = "1/4",
+    method: tuple[Method, ...] = ("greedy", "uniform"),
+    data: Path | None = None,
+    tasks: tuple[Task, ...] = (),
+    length: int = 512,
+    sequences: int = 64,
+    blocks: int = 1,
+    seed: int = 0,
+    stream: bool = False,
+    memory: str = "1GB",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    out: Path | None = None,
+) -> None:
+    """Find the indexers that a model can do without, by the loss on fixed sequences.
+
+    Args:
+        model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
+        keep: How many indexers stay, as a share of the layers or a number. greedy passes every number above it.
+        method: greedy, swap, beam, exhaustive, uniform, random, similarity, overlap; one or several.
+        data: A UTF-8 text, of which windows are taken.
+        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py); recall and multihop if neither is given.
+        length: Tokens of a sequence.
+        sequences: How many.
+        blocks: Stages of a pipeline, each of which is to begin with an F (greedy).
+        seed: Of the tasks' sequences and of random patterns.
+        stream: Read each layer from the checkpoint when it is needed, for a model larger than memory.
+        memory: What the states between two layers may take, such as 8GB.
+        dtype: Of the weights in memory.
+        out: A folder for what is found; a search that was interrupted goes on there.
+    """
+    with _ranks() as ranks:
+        weights = torch.float32 if dtype == "float32" else torch.bfloat16
+        loaded = load(model, dtype=weights, device="meta" if stream else "cpu")
+        stack = GLMStack.streamed(model, weights) if stream else GLMStack(loaded.module, dtype=weights)
+        found = sequences_of(loaded, data, tasks, length, sequences, seed)
+        file = None
+        settings = {
+            "model": Path(model).name, "pattern": stack.pattern, "sequences": len(found), "length": length,
+            "data": found.digest, "dtype": dtype, "topk": stack.model.config.index_topk,
+        }  # fmt: skip
+        first = ranks is None or ranks.first
+        if out is not None:
+            if ranks is None:
+                _begin(out, settings)
+            else:
+                ranks.first_does(lambda: _begin(out, settings))
+            file = out / EVALUATIONS
+        own, gather = (found, None) if ranks is None else _share(found, ranks)
+        evaluator = Evaluator(stack, own, budget=int(parse_bytes("memory", memory) or 1 << 30))
+        full = pattern.count_of(keep, len(stack.pattern))
+        console = Console(stderr=True, quiet=not first)
+        with Progress(
+            *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("the model's own pattern", total=None)
+            run = Search(
+                evaluator, file, groups=found.groups, gather=gather, writes=first,
+                progress=lambda done: bar.update(task, completed=done),
+            )  # fmt: skip
+            began = time.perf_counter()
+            run.losses([run.own])
+            seconds = time.perf_counter() - began if run.evaluated else None
+            rows: list[Row] = [run.row("all", run.own)]
+            for name in method:
+                patterns, lasts = cost(name, full, run.own, seconds or 0.0)
+                if seconds is not None:
+                    console.print(f"{name}: at most {patterns:,} patterns, about {lasts / 60:.1f} min", highlight=False)
+                bar.update(task, description=name, total=run.evaluated + patterns)
+                rows += by(run, name, full, blocks=blocks, seed=seed)
+        if first:
+            _tell(rows, full)
+            if out is not None:
+                _write(out / RESULT, {"full": full, "settings": settings, "rows": [asdict(row) for row in rows]})
+
+
+def by(run: Search, method: Method, full: int, *, blocks: int = 1, seed: int = 0) -> list[Row]:
+    """The rows of one method."""
+    if method == "greedy":
+        return run.greedy(full, blocks)
+    if method == "swap":
+        return [run.swap(run.greedy(full)[-1].pattern)]
+    if method == "beam":
+        return [run.beam(full)]
+    if method == "exhaustive":
+        return [run.exhaustive(full)]
+    if method == "uniform":
+        return run.uniform(full)
+    if method == "random":
+        return run.random(full, seed=seed)
+    stack, data = run.evaluator.stack, run.evaluator.data
+    if method == "overlap":
+        return [run.alike(method, overlap.merged(overlap.overlap(stack, data)).overlap, full)]
+    if not isinstance(stack, GLMStack):
+        raise InputError("method is similarity; expected a GLM, whose attention it looks at")
+    return [run.alike(method, overlap.similarity(stack, data), full)]
+
+
+def distil(
+    model: Positional[Path],
+    pattern: Positional[str],
+    out: Path,
+    /,
+    text: Path,
+    tasks: bool = False,
+    hops: float = 0.4,
+    warmup: int = 300,
+    steps: int = 400,
+    length: int = 512,
+    tokens: int = 1024,
+    rate: float = 5e-4,
+    topk: int | None = None,
+    own_layer: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+) -> None:
+    """Train a model to live with a pattern: warm up the indexers that stay, then all under their Selections.
+
+    Args:
+        model: A checkpoint directory, best one that was pre-trained densely.
+        pattern: F and S, one letter a layer.
+        out: The checkpoint directory to write.
+        text: A UTF-8 file or a folder of .txt files, or a folder that nanoglm data wrote.
+        tasks: Learn from the tasks of long context, for which the text is filler.
+        hops: Share of chains of several hops among the tasks.
+        warmup: Steps in which the indexers alone learn.
+        steps: Steps in which all learns under their Selections.
+        length: Tokens of a sequence.
+        tokens: Of a step.
+        rate: Of the second stage, at its beginning.
+        topk: Tokens that each selects from here on; the model's own number if left out.
+        own_layer: Indexers learn their own layer's attention, not the mean of all that they serve.
+        seed: Of the data.
+        resume: Go on with the run that out holds.
+    """
+    from nanoglm.indexcache.distil import distil as train
+    from nanoglm.indexcache.distil import stages_of
+    from nanoglm.train.recipe import Recipe
+    from nanoglm.train.run import corpus
+
+    loaded = load(model)
+    recipe = stages_of(
+        Recipe(
+            tokens=tokens, warmup=20, rate=rate, weight_decay=0.01, late=1.0, own_layer_kl=own_layer, hops=hops,
+            skip_positions=False, seed=seed,
+        ),
+        warmup, steps, length, tasks,
+    )  # fmt: skip
+    found = corpus(text, tokenizer=loaded.tokenizer if loaded.has_tokenizer else None)
+    train(loaded.module, pattern, found, recipe, out, topk=topk, resume=resume)
+
+
+def apply_(model: Positional[Path], pattern: Positional[str], out: Positional[Path], /) -> None:
+    """Write a checkpoint with a pattern: its schedule in config.json, without the indexers that it saves.
+
+    Args:
+        model: The checkpoint directory to read.
+        pattern: F and S, one letter a layer.
+        out: The directory to write.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("copying", total=1.0)
+        config = apply(model, pattern, out, lambda share: progress.update(task, completed=share))
+    print(f"{out}: {len(config.full_layers)} of {config.num_hidden_layers} indexers ({config.pattern})")
+    for engine, line in launch_lines(out, config).items():
+        print(f"{engine:<14}{line}")
+
+
+def report(run: Positional[Path], /) -> None:
+    """Draw what a folder holds: report.html, which needs nothing beside it, and its plots as PNG.
+
+    Args:
+        run: A folder that nanoglm indexcache search and overlap, or recipes/indexcache_nano.sh, wrote into.
+    """
+    from nanoglm.indexcache.report import report as write
+
+    for path in write(run):
+        print(path)
+
+
+def _verb(name: str, run: Any) -> Any:
+    return Annotated[Any, subcommand(name=name, constructor=run, prefix_name=False)]
+
+
+# What tyro reads nested subcommands from.
+Verb = (
+    _verb("overlap", overlap_) | _verb("search", search) | _verb("distil", distil) | _verb("apply", apply_)
+    | _verb("report", report)
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- data
+def sequences_of(
+    model: Model, data: Path | None, tasks: tuple[Task, ...], length: int, sequences: int, seed: int
+) -> Calibration:  # fmt: skip
+    """The sequences that the options name.
+
+    Raises:
+        InputError: both a text and tasks, tasks for a model with another vocabulary than theirs, no such text.
+    """
+    if data is not None and tasks:
+        raise InputError("data and tasks are both given; expected one of them")
+    if min(length, sequences) < 2:
+        raise InputError(f"length is {length} and sequences {sequences}; expected at least 2")
+    if data is None:
+        size = model.config.vocab_size
+        if size != VOCABULARY:
+            raise InputError(f"model has vocabulary {size}; expected the tasks' {VOCABULARY}, or --data TEXT")
+        return calibration.of_tasks(tasks or ("recall", "multihop"), length, sequences, seed)
+    try:
+        text = data.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data {data} cannot be read as UTF-8: {error}") from None
+    tokenizer = model.tokenizer if model.has_tokenizer or model.config.vocab_size != VOCABULARY else byte_tokenizer()
+    return calibration.of_text(np.array(tokenizer.encode(text)), length, sequences)
+
+
+# --------------------------------------------------------------------------------- processes
+def _ranks() -> AbstractContextManager[Any]:
+    """The processes that torchrun started, if it did; else none, and training is not imported."""
+    import torch.distributed as dist
+
+    if not dist.is_torchelastic_launched():
+        return nullcontext(None)
+    from nanoglm.train.parallel import launched
+
+    return launched()
+
+
+def _share(data: Calibration, ranks: Any) -> tuple[Calibration, Callable[[Tensor], Tensor]]:
+    """This process's sequences, and how the scores of all come together."""
+    import torch.distributed as dist
+
+    n, world = len(data), ranks.world
+    if n < world:
+        raise InputError(f"sequences is {n}; expected at least one for each of {world} processes")
+    borders = [n * r // world for r in range(world + 1)]
+
+    def gather(values: Tensor) -> Tensor:
+        parts = [values.new_empty(end - begin) for begin, end in zip(borders, borders[1:], strict=False)]
+        largest = max(len(part) for part in parts)
+        padded = [values.new_zeros(largest) for _ in parts]
+        dist.all_gather(padded, torch.cat([values, values.new_zeros(largest - len(values))]))
+        return torch.cat([p[: len(part)] for p, part in zip(padded, parts, strict=True)])
+
+    return data.part(borders[ranks.rank], borders[ranks.rank + 1]), gather
+
+
+# --------------------------------------------------------------------------------- files
+def _begin(out: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder, or sees that it is this search's."""
+    file = out / SETTINGS
+    if file.exists():
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"out {out} holds a {SETTINGS} that cannot be read; expected a search's") from None
+        differs = [name for name in settings if held.get(name) != settings[name]]
+        if differs:
+            name = differs[0]
+            raise InputError(f"out {out} is of a search with {name} {held.get(name)}; expected {settings[name]}")
+    else:
+        _write(file, settings)
+
+
+def _write(file: Path, content: Any) -> None:
+    partial = file.with_name(f".{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise InputError(f"out {file.parent} cannot be written: {error.strerror}") from None
+
+
+def _tell(rows: list[Row], full: int) -> None:
+    """The table: each method's last row, greedy's every number of indexers."""
+    table = Table("method", "indexers", "pattern", "nats/token", "more than its own", "right")
+    for row in rows:
+        more = f"{row.difference:+.4f} +- {row.error:.4f}"
+        right = " ".join(f"{group} {share:.1%}" for group, share in row.right.items())
+        table.add_row(
+            row.method, str(row.full), row.pattern, f"{row.loss:.4f}", more, right,
+            style="bold" if row.full == full and row.method != "all" else None,
+        )  # fmt: skip
+    Console(width=max(Console().width, 110 + len(rows[0].pattern))).print(table)
