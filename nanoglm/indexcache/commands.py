@@ -216,17 +216,13 @@ def distil(
         resume: Go on with the run that out holds.
     """
     from nanoglm.indexcache.distil import distil as train
-    from nanoglm.indexcache.distil import stages_of
-    from nanoglm.train.recipe import Recipe
+    from nanoglm.indexcache.distil import recipe_of
     from nanoglm.train.run import corpus
 
     loaded = load(model)
-    recipe = stages_of(
-        Recipe(
-            tokens=tokens, warmup=20, rate=rate, weight_decay=0.01, late=1.0, own_layer_kl=own_layer, hops=hops,
-            skip_positions=False, seed=seed,
-        ),
-        warmup, steps, length, tasks,
+    recipe = recipe_of(
+        warmup, steps, length, tasks, tokens=tokens, warmup=20, rate=rate, weight_decay=0.01, late=1.0,
+        own_layer_kl=own_layer, hops=hops, skip_positions=False, seed=seed,
     )  # fmt: skip
     found = corpus(text, tokenizer=loaded.tokenizer if loaded.has_tokenizer else None)
     train(loaded.module, pattern, found, recipe, out, topk=topk, resume=resume)

@@ -10,8 +10,8 @@ Source: indexcache spec 4.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,18 +23,22 @@ from nanoglm.train.recipe import Recipe, indexer_warmup, sparse, tasks
 from nanoglm.train.run import Corpus, run
 
 
-def stages_of(recipe: Recipe, warmup: int, steps: int, length: int, on_tasks: bool) -> Recipe:
-    """The recipe with the two stages of distillation in place of its own.
+def recipe_of(alone: int, together: int, length: int, on_tasks: bool, **changes: Any) -> Recipe:
+    """The two stages of distillation.
 
     Args:
-        warmup, steps: of the indexers alone, and of all under their Selections.
+        alone, together: steps of the indexers alone, and of all under their Selections.
         length: tokens of a sequence. on_tasks: learn from the tasks of long context, not from text.
+        changes: other fields of the recipe.
+
+    Raises:
+        InputError: a number out of range.
     """
-    if warmup < 1 or steps < 0:
-        raise InputError(f"warmup is {warmup} and steps {steps}; expected at least 1 and 0")
-    total = warmup + steps
-    stages = indexer_warmup(warmup / total, length), sparse(steps / total, length, 1)
-    return replace(recipe, steps=total, stages=tasks(*stages) if on_tasks else stages)
+    if alone < 1 or together < 0:
+        raise InputError(f"warmup is {alone} and steps {together}; expected at least 1 and 0")
+    total = alone + together
+    stages = indexer_warmup(alone / total, length), sparse(together / total, length, 1)
+    return Recipe(steps=total, stages=tasks(*stages) if on_tasks else stages, **changes)
 
 
 @torch.no_grad()
@@ -62,7 +66,7 @@ def scheduled(model: GLM, pattern: str, topk: int | None = None) -> GLM:
 def distil(
     model: GLM, pattern: str, data: Corpus, recipe: Recipe, out: Path, *, topk: int | None = None, resume: bool = False
 ) -> None:
-    """Trains ``model`` under ``pattern`` by a recipe of :func:`stages_of` and writes the checkpoint directory ``out``.
+    """Trains ``model`` under ``pattern`` by a recipe of :func:`recipe_of` and writes the checkpoint directory ``out``.
 
     Args:
         topk: tokens that each selects, if not the model's own number.

@@ -23,6 +23,7 @@ from nanoglm.indexcache.stack import Stack, run
 from nanoglm.train.data import IGNORE, Sample
 
 HEAD_ROWS = 1024  # whose logits are held at once
+BATCH_TOKENS = 8192  # of one pass through a layer
 
 
 class Score(NamedTuple):
@@ -50,7 +51,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, stack: Stack, data: Calibration, *, budget: int = 1 << 30, batch_tokens: int = 8192, restart: bool = True
+        self,
+        stack: Stack,
+        data: Calibration,
+        *,
+        budget: int = 1 << 30,
+        batch_tokens: int = BATCH_TOKENS,
+        restart: bool = True,
     ) -> None:
         self.stack, self.data, self.budget = stack, data, budget
         self.batches, self.layer_tokens = data.sample.split(batch_tokens), 0
@@ -102,7 +109,7 @@ class Evaluator:
             for prefix, states in self._grow(levels, roots, self.batches[begin:end]):
                 if prefix in parts:
                     parts[prefix] += [
-                        self._judge(b, s.x_TD) for b, s in zip(self.batches[begin:end], states, strict=True)
+                        judge(self.stack, b, s.x_TD) for b, s in zip(self.batches[begin:end], states, strict=True)
                     ]
                 elif committed is not None and committed.startswith(prefix):
                     fresh.setdefault(prefix, []).extend(states)
@@ -129,20 +136,21 @@ class Evaluator:
                 states[prefix] = made
                 yield prefix, made
 
-    def _judge(self, part: Sample, x_TD: Tensor) -> Score:
-        """Each sequence of a batch."""
-        rows = (part.targets != IGNORE).nonzero()[:, 0]
-        owners = part.batch.requests[rows]
-        counts = torch.bincount(owners, minlength=len(part.counts))
-        if not counts.all():
-            raise InputError("calibration has a sequence in which nothing is scored; expected a target in each")
-        losses, hits = [], []
-        for some in rows.split(HEAD_ROWS):
-            logits, targets = self.stack.logits(x_TD[some]).float(), part.targets[some]
-            losses.append(F.cross_entropy(logits, targets, reduction="none").double())
-            hits.append((logits.argmax(-1) == targets).double())
-        zero = torch.zeros(len(counts), dtype=torch.float64, device=rows.device)
-        return Score(*((zero.index_add(0, owners, torch.cat(values)) / counts).cpu() for values in (losses, hits)))
+
+def judge(stack: Stack, part: Sample, x_TD: Tensor) -> Score:
+    """Each sequence from the states behind the last layer. Raises InputError if nothing in one is scored."""
+    rows = (part.targets != IGNORE).nonzero()[:, 0]
+    owners = part.batch.requests[rows]
+    counts = torch.bincount(owners, minlength=len(part.counts))
+    if not counts.all():
+        raise InputError("calibration has a sequence in which nothing is scored; expected a target in each")
+    losses, hits = [], []
+    for some in rows.split(HEAD_ROWS):
+        logits, targets = stack.logits(x_TD[some]).float(), part.targets[some]
+        losses.append(F.cross_entropy(logits, targets, reduction="none").double())
+        hits.append((logits.argmax(-1) == targets).double())
+    zero = torch.zeros(len(counts), dtype=torch.float64, device=rows.device)
+    return Score(*((zero.index_add(0, owners, torch.cat(values)) / counts).cpu() for values in (losses, hits)))
 
 
 def check(pattern: str, own: str) -> None:

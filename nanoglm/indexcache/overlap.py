@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nanoglm.errors import InputError
 from nanoglm.indexcache.calibration import Calibration
+from nanoglm.indexcache.evaluate import BATCH_TOKENS
 from nanoglm.indexcache.stack import GLMStack, Stack, run
 from nanoglm.model import BatchStore
 from nanoglm.train.data import Sample
 
 ROWS = 128  # whose sets are compared at once
-BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from nanoglm.tasks import ASK, KEYS, MOST, TEXT, VALUES, Task, draw
 from nanoglm.train.data import IGNORE, Sample, Tokens
 
 SHORT = 128  # below: pairs and questions alone
+SHORTEST = 16  # up to here: no chains
 MIX: dict[Task | None, float] = {"recall": 0.6, "multikey": 0.15, "needle": 0.15, None: 0.1}  # None: plain text
 PIECES = 8  # of a sequence, at most
 REACH = 1 << 20  # the largest distance
@@ -45,31 +46,33 @@ def skipped(length: int, rng: np.random.Generator, whole: np.ndarray) -> np.ndar
     return steps.cumsum()
 
 
-def pairs(facts: int, questions: int, rng: np.random.Generator, linked: float = 0.0) -> np.ndarray:
+def pairs(facts: int, questions: int, rng: np.random.Generator) -> np.ndarray:
     """Keys with their values side by side, the bar, and some of them again: int64 [2 (facts + questions) + 1].
-
-    A share ``linked`` of the keys but the first stand before an earlier key instead, and are asked for its value.
 
     A key may be asked again, so that no answer follows from those that were given to other keys.
     Each sequence takes its words from a drawn number of keys and values, few or many alike often, so that some are as
     frequent as in a language: circuits form on those and serve the rest.
     """
+    stated = _stated(facts, rng)
+    return np.concatenate([stated.flatten(), [ASK], stated[rng.integers(facts, size=questions)].flatten()])
+
+
+def chains(facts: int, questions: int, rng: np.random.Generator) -> np.ndarray:
+    """As ``pairs``, but half of the keys stand before an earlier key instead, and are asked for its value; each is
+    asked once, or the second time its answer could be read off the first."""
+    stated = _stated(facts, rng)
+    answers, hops = stated.copy(), np.ones(facts, np.int64)
+    for i in (rng.random(facts) < 0.5).nonzero()[0]:
+        if len(before := (hops[:i] < MOST).nonzero()[0]):
+            other = rng.choice(before)
+            stated[i, 1], answers[i, 1], hops[i] = stated[other, 0], answers[other, 1], hops[other] + 1
+    return np.concatenate([stated.flatten(), [ASK], answers[rng.permutation(facts)[:questions]].flatten()])
+
+
+def _stated(facts: int, rng: np.random.Generator) -> np.ndarray:
+    """Keys, all others, with values: int64 [facts, 2]."""
     words = int(np.exp(rng.uniform(np.log(facts), np.log(len(KEYS)))))
-    stated = np.stack([rng.permutation(words)[:facts] + KEYS.start, rng.integers(words, size=facts) + VALUES.start], 1)
-    answers = stated.copy()
-    for i in (rng.random(facts) < linked).nonzero()[0] if linked else ():
-        if i and (hops := [j for j in range(i) if depth(stated, j) < MOST]):
-            other = hops[int(rng.integers(len(hops)))]
-            stated[i, 1], answers[i, 1] = stated[other, 0], answers[other, 1]
-    return np.concatenate([stated.flatten(), [ASK], answers[rng.integers(facts, size=questions)].flatten()])
-
-
-def depth(stated: np.ndarray, place: int) -> int:
-    """How many statements lead from this one to a value, itself included."""
-    found = 1
-    while stated[place, 1] in KEYS:
-        place, found = int((stated[:, 0] == stated[place, 1]).argmax()), found + 1
-    return found
+    return np.stack([rng.permutation(words)[:facts] + KEYS.start, rng.integers(words, size=facts) + VALUES.start], 1)
 
 
 def chained(ids: np.ndarray) -> dict[int, int]:
@@ -124,8 +127,9 @@ class Recall:
             window = self._window(length + 1, rng)
             return window[:-1], window[1:], self._positions(length, rng, np.empty(0, np.int64))
         if length < SHORT:
-            bar = length // 8 * 2  # three questions a fact
-            ids = pairs(bar // 2, (length - bar) // 2, rng, linked=0.5 if task == "multihop" else 0.0)
+            hops = task == "multihop" and length > SHORTEST
+            bar = (length + 2) // 4 * 2 if hops else length // 8 * 2  # one question a fact, or three
+            ids = (chains if hops else pairs)(bar // 2, (length - bar) // 2, rng)
             targets = np.full(length, IGNORE)
             targets[1:bar] = ids[: bar - 1]  # the token before
             links = chained(ids[:bar])
