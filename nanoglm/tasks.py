@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -73,6 +74,7 @@ def draw(
     facts: int = 64,
     questions: int | None = None,
     text: np.ndarray | None = None,
+    hops: int | None = None,
 ) -> Example:
     """An example of exactly ``length`` tokens; its last target is the end of the last answer.
 
@@ -80,6 +82,7 @@ def draw(
         rng: what it is drawn from; the same state gives the same example.
         facts: that may be asked about. questions: about how many it is asked; all if left out.
         text: ids below 292, of which ``needle`` takes a piece as filler.
+        hops: of ``multihop``, in every chain; 2 to 4 are drawn if left out.
 
     Raises:
         InputError: a task of no such name, no text where one is needed, or more facts than there are keys or room.
@@ -89,11 +92,14 @@ def draw(
     questions = facts if questions is None else questions
     if not 1 <= questions <= facts:
         raise InputError(f"questions is {questions}; expected 1 to the number of facts ({facts})")
+    if hops is not None and not 2 <= hops <= MOST:
+        raise InputError(f"hops is {hops}; expected 2 to {MOST}")
     if task == "needle" and (text is None or not len(text) or text.max() >= TEXT):
         raise InputError(f"text is missing or holds ids above {TEXT - 1}; expected bytes, which needle hides facts in")
     fresh = iter((KEYS.start + rng.permutation(len(KEYS))).tolist())
     try:
-        found = [_FACTS[task](rng, fresh) for _ in range(facts)]
+        made = partial(_multihop, hops=hops) if task == "multihop" else _FACTS[task]
+        found = [made(rng, fresh) for _ in range(facts)]
         others = [next(fresh), *fresh]
     except (StopIteration, RuntimeError):
         raise InputError(f"facts is {facts}; expected fewer, there are {len(KEYS)} keys") from None
@@ -131,8 +137,8 @@ def _multivalue(rng: np.random.Generator, fresh: Iterator[int]) -> _Fact:
     return _Fact([[key, value] for value in _values(rng, count)], [key], [(i, 1) for i in range(count)])
 
 
-def _multihop(rng: np.random.Generator, fresh: Iterator[int]) -> _Fact:
-    chain = [*_values(rng, 1), *(next(fresh) for _ in range(int(rng.integers(2, MOST + 1))))]
+def _multihop(rng: np.random.Generator, fresh: Iterator[int], hops: int | None = None) -> _Fact:
+    chain = [*_values(rng, 1), *(next(fresh) for _ in range(hops or int(rng.integers(2, MOST + 1))))]
     return _Fact([[chain[i + 1], chain[i]] for i in range(len(chain) - 1)], [chain[-1]], [(0, 1)])
 
 

@@ -11,19 +11,20 @@ from dataclasses import replace
 from nanoglm.train.recipe import Recipe, Stage, dense, tasks
 
 LAYERS = 12
-STEPS = 1200
+STEPS = 1950
 TOPK = 32  # of 512
 
 
 def recipe() -> Recipe:
-    """Pairs alone until matching works, then all tasks, of which two in five are chains (docs/log.md)."""
+    """Pairs until matching works, then mostly chains, whose second hop needs a second layer that matches, then all
+    tasks at length (docs/log.md)."""
     begin = replace(dense(200 / STEPS, 16), rope_theta=1e4)
     return Recipe(
         "recall", depth=LAYERS, pattern="F" * LAYERS, steps=STEPS, tokens=1024, warmup=20, optimizer="muon", rate=1e-3,
-        weight_decay=0.01, shared=0.06, late=1.0, hops=0.4, skip_positions=False,
+        floor=0.3, weight_decay=0.01, shared=0.06, late=1.0, hops=0.7, skip_positions=False,
         stages=tasks(
-            at(3.0, begin), at(3.0, dense(150 / STEPS, 32)), at(2.5, dense(200 / STEPS, 128)),
-            at(2.0, dense(650 / STEPS, 512)), topk=TOPK,
+            at(3.0, begin), at(3.0, dense(150 / STEPS, 32)), at(4.0, dense(800 / STEPS, 64)),
+            at(3.0, dense(300 / STEPS, 128)), at(2.0, dense(500 / STEPS, 512)), topk=TOPK,
         ),
     )  # fmt: skip
 

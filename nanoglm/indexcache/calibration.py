@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 
 from nanoglm.errors import InputError
-from nanoglm.tasks import Task, draw
+from nanoglm.tasks import TASKS, Task, draw
 from nanoglm.train.data import Sample
+
+HOPS = ("2hop", "3hop", "4hop")
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,27 @@ def of_text(ids: np.ndarray, length: int, sequences: int, skip: int = 0) -> Cali
 
 
 def of_tasks(
-    tasks: Sequence[Task], length: int, sequences: int, seed: int = 0, text: np.ndarray | None = None
+    tasks: Sequence[str], length: int, sequences: int, seed: int = 0, text: np.ndarray | None = None
 ) -> Calibration:  # fmt: skip
     """Sequences of the tasks in turn, in which the answers are scored; another seed, other sequences.
 
     Args:
+        tasks: names of tasks; 2hop, 3hop and 4hop are multihop with chains of one length. A 16th of the tokens or, of
+            chains, a 32nd is facts.
         text: byte ids, filler of ``needle``.
 
     Raises:
-        InputError: what ``tasks.draw`` refuses.
+        InputError: no such task, and what ``tasks.draw`` refuses.
     """
     ids, targets, groups = [], [], []
     for number in range(sequences):
         task, rng = tasks[number % len(tasks)], np.random.default_rng((seed, length, number))
-        facts = max(1, length // (32 if task == "multihop" else 16))
-        example = draw(task, length, rng, facts=facts, text=text if task == "needle" else None)
+        hops = int(task[0]) if task in HOPS else None
+        name = cast(Task, "multihop" if hops else task)
+        if name not in TASKS:
+            raise InputError(f"task is {task!r}; expected one of {', '.join((*TASKS, *HOPS))}")
+        facts = max(1, length // (32 if name == "multihop" else 16))
+        example = draw(name, length, rng, facts=facts, text=text if name == "needle" else None, hops=hops)
         ids.append(example.ids)
         targets.append(example.targets)
         groups.append(task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,10 +27,11 @@ from nanoglm.indexcache import calibration, overlap, pattern
 from nanoglm.indexcache.apply import apply, launch_lines
 from nanoglm.indexcache.calibration import Calibration
 from nanoglm.indexcache.evaluate import Evaluator
+from nanoglm.indexcache.gates import gates
 from nanoglm.indexcache.search import Method, Row, Search, cost
 from nanoglm.indexcache.stack import GLMStack
 from nanoglm.memory import parse_bytes
-from nanoglm.tasks import VOCABULARY, Task
+from nanoglm.tasks import VOCABULARY
 
 SETTINGS, EVALUATIONS, RESULT, OVERLAP = "settings.json", "evaluations.jsonl", "result.json", "overlap.json"
 DEFAULT = str(Path(__file__).parents[1] / "assets" / "indexcache")  # recipes/indexcache.py trained it
@@ -40,7 +42,7 @@ def overlap_(
     model: ModelName = DEFAULT,
     /,
     data: Path | None = None,
-    tasks: tuple[Task, ...] = (),
+    tasks: tuple[str, ...] = (),
     length: int = 512,
     sequences: int = 64,
     seed: int = 0,
@@ -51,7 +53,8 @@ def overlap_(
     Args:
         model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
         data: A UTF-8 text.
-        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py); recall and multihop if neither is given.
+        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
+            neither is given, recall 2hop 3hop 4hop.
         length: Tokens of a sequence.
         sequences: How many.
         seed: Of the tasks' sequences.
@@ -77,15 +80,48 @@ def overlap_(
         _write(out / OVERLAP, {"pattern": stack.pattern, "bands": rows})
 
 
+def gates_(
+    model: ModelName = DEFAULT,
+    /,
+    data: Path | None = None,
+    tasks: tuple[str, ...] = (),
+    length: int = 512,
+    sequences: int = 64,
+    seed: int = 0,
+) -> None:
+    """Whether a model can tell patterns apart: what it selects has to matter, or a search means nothing.
+
+    Ends with exit code 0 if every gate is open, else 1.
+
+    Args:
+        model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
+        data: A UTF-8 text.
+        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
+            neither is given, recall 2hop 3hop 4hop.
+        length: Tokens of a sequence, some times k.
+        sequences: How many.
+        seed: Of the tasks' sequences.
+    """
+    loaded = load(model)
+    rows = gates(GLMStack(loaded.module), sequences_of(loaded, data, tasks, length, sequences, seed))
+    table = Table("", "gate", "value", "expected")
+    for row in rows:
+        mark, style = ("open", "green") if row.ok else ("SHUT", "bold red")
+        table.add_row(mark, row.name, f"{row.value:.4g}", row.expected, style=style)
+    Console(width=max(Console().width, 90)).print(table)
+    sys.exit(0 if all(row.ok for row in rows) else 1)
+
+
 def search(
     model: ModelName = DEFAULT,
     /,
     keep: str = "1/4",
     method: tuple[Method, ...] = ("greedy", "uniform"),
     data: Path | None = None,
-    tasks: tuple[Task, ...] = (),
+    tasks: tuple[str, ...] = (),
     length: int = 512,
     sequences: int = 64,
+    patterns: tuple[str, ...] = (),
     blocks: int = 1,
     seed: int = 0,
     stream: bool = False,
@@ -100,9 +136,11 @@ def search(
         keep: How many indexers stay, as a share of the layers or a number. greedy passes every number above it.
         method: greedy, swap, beam, exhaustive, uniform, random, similarity, overlap; one or several.
         data: A UTF-8 text, of which windows are taken.
-        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py); recall and multihop if neither is given.
+        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
+            neither is given, recall 2hop 3hop 4hop.
         length: Tokens of a sequence.
         sequences: How many.
+        patterns: These beside those that are found, F and S.
         blocks: Stages of a pipeline, each of which is to begin with an F (greedy).
         seed: Of the tasks' sequences and of random patterns.
         stream: Read each layer from the checkpoint when it is needed, for a model larger than memory.
@@ -144,11 +182,12 @@ def search(
             run.losses([run.own])
             seconds = time.perf_counter() - began if run.evaluated else None
             rows: list[Row] = [run.row("all", run.own)]
+            rows += [run.row("given", each) for each in patterns]
             for name in method:
-                patterns, lasts = cost(name, full, run.own, seconds or 0.0)
+                most, lasts = cost(name, full, run.own, seconds or 0.0)
                 if seconds is not None:
-                    console.print(f"{name}: at most {patterns:,} patterns, about {lasts / 60:.1f} min", highlight=False)
-                bar.update(task, description=name, total=run.evaluated + patterns)
+                    console.print(f"{name}: at most {most:,} patterns, about {lasts / 60:.1f} min", highlight=False)
+                bar.update(task, description=name, total=run.evaluated + most)
                 rows += by(run, name, full, blocks=blocks, seed=seed)
         if first:
             _tell(rows, full)
@@ -263,14 +302,14 @@ def _verb(name: str, run: Any) -> Any:
 
 # What tyro reads nested subcommands from.
 Verb = (
-    _verb("overlap", overlap_) | _verb("search", search) | _verb("distil", distil) | _verb("apply", apply_)
-    | _verb("report", report)
+    _verb("gates", gates_) | _verb("overlap", overlap_) | _verb("search", search) | _verb("distil", distil)
+    | _verb("apply", apply_) | _verb("report", report)
 )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- data
 def sequences_of(
-    model: Model, data: Path | None, tasks: tuple[Task, ...], length: int, sequences: int, seed: int
+    model: Model, data: Path | None, tasks: tuple[str, ...], length: int, sequences: int, seed: int
 ) -> Calibration:  # fmt: skip
     """The sequences that the options name.
 
@@ -285,7 +324,7 @@ def sequences_of(
         size = model.config.vocab_size
         if size != VOCABULARY:
             raise InputError(f"model has vocabulary {size}; expected the tasks' {VOCABULARY}, or --data TEXT")
-        return calibration.of_tasks(tasks or ("recall", "multihop"), length, sequences, seed)
+        return calibration.of_tasks(tasks or ("recall", *calibration.HOPS), length, sequences, seed)
     try:
         text = data.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
