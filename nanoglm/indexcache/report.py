@@ -135,7 +135,7 @@ def _speed(held: dict[str, Any]) -> Plot:
     lengths = [f"{row['length'] // 1024}K" for row in rows]
     plot = Plot("speed", "Prefill, all-Full over IndexShare", "tokens", "times faster")
     plot.lines.append(("measured", lengths, [row["speed_up"] for row in rows], False))
-    plot.lines.append(("1 / (1 - s (1 - F/N))", lengths, [row["predicted"] for row in rows], False))
+    plot.lines.append(("1 / (1 - s (1 - F/N))", lengths, [row["scoring"] for row in rows], False))
     return plot
 
 
