@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from functools import partial
 from pathlib import Path
 from runpy import run_path
@@ -25,7 +27,7 @@ LADDER = run_path(str(FOLDER / "mtp_ladder.py"))
 SENTENCE = "It was a dark evening in November, and the lamps had been lit an hour. "
 
 
-@pytest.mark.parametrize("name", ["nano", "recall", "shakespeare", "sft"])
+@pytest.mark.parametrize("name", ["nano", "recall", "indexcache", "shakespeare", "sft"])
 def test_a_recipe_is_one(name: str) -> None:
     recipe = run_path(str(FOLDER / f"{name}.py"))["recipe"]()
     assert isinstance(recipe, Recipe)
@@ -169,3 +171,88 @@ def test_the_ladder_is_climbed_once(
     assert all(len(a) == 7 and 0 < a[0] <= 1 for run in runs for a in [run["accepted"]["rejection sampling"]])
     LADDER["main"](*arguments)
     assert first.endswith(capsys.readouterr().out)  # the tables alone: nothing ran again
+
+
+# ------------------------------------------------------------------------------- the pattern lab
+TABLES = run_path(str(FOLDER / "indexcache_tables.py"))
+
+
+def searched(out: Path, name: str, losses: dict[str, list[float]], rows: list[tuple[str, str]]) -> None:
+    """What nanoglm indexcache search would have left."""
+    (out / name).mkdir(parents=True)
+    lines = [json.dumps({"pattern": p, "loss": values, "right": values}) for p, values in losses.items()]
+    (out / name / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
+    base, result = losses["FFFF"], []
+    for method, pattern in rows:
+        mean = sum(losses[pattern]) / 2
+        result.append({
+            "method": method, "pattern": pattern, "full": pattern.count("F"), "loss": mean,
+            "difference": mean - sum(base) / 2, "error": 0.0, "right": {"recall": 0.5},
+        })  # fmt: skip
+    settings = {"sequences": 2, "length": 8}
+    (out / name / "result.json").write_text(json.dumps({"full": 3, "settings": settings, "rows": result}))
+
+
+def test_tables_of_the_pattern_lab(tmp_path: Path) -> None:
+    """Uniform loses 1.0, greedy 0.2, the optimum 0.1: greedy recovers 0.8 of 0.9."""
+    losses = {"FFFF": [1.0, 3.0], "FSFF": [2.0, 4.1], "FFSF": [1.2, 3.2], "FFFS": [1.1, 3.1]}
+    rows = [("all", "FFFF"), ("greedy", "FFFF"), ("greedy", "FFSF"), ("uniform (paper)", "FSFF"), ("random", "FSFF")]
+    rows += [(method, "FFFS") for method in ("swap", "beam", "exhaustive", "similarity", "overlap")]
+    searched(tmp_path, "search-0-3", losses, rows)
+    searched(tmp_path, "test-0", losses, rows)
+    searched(tmp_path, "test-own4-0", {"FFFF": [1.5, 3.5]}, [("all", "FFFF")])
+    bands = [{"overlap": [[0.1 * abs(i - j) for j in range(4)] for i in range(4)]}]
+    (tmp_path / "search-0-3" / "overlap.json").write_text(json.dumps({"bands": bands}))
+    (tmp_path / "seconds.txt").write_text("dense-0 1800\nfull-0 1800\n")
+    found = TABLES["tables"](tmp_path)
+    assert "| greedy | FFSF | +0.2000 +- 0.0000 | +0.2000 +- 0.0000 | 89.47% | 89.47% | 2 of 3 |" in found
+    assert "| exhaustive | FFFS | +0.1000 +- 0.0000 | +0.1000 +- 0.0000 | 100.00% | 100.00% | 1 of 3 |" in found
+    assert "| own4 | 1 | 0.5000 | recall 50.0% |" in found and "2 trainings, 1.0 hours" in found
+    assert TABLES["pattern_of"](tmp_path / "search-0-3", "greedy", 3) == "FFSF"
+    assert TABLES["spearman"]([1.0, 2.0, 3.0], [10.0, 20.0, 5.0]) == pytest.approx(-0.5)
+
+
+def test_the_plain_transformer_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few steps, then dense, oracle and search; a second run takes the weights that are there."""
+    (tmp_path / "text.txt").write_text(SENTENCE * 40)
+    main_of = run_path(str(FOLDER / "indexcache_plain.py"))["main"]
+    main_of.__globals__.update(LAYERS=3, TOPK=8, of_tasks=partial(few, main_of.__globals__["of_tasks"]))
+    for _ in range(2):
+        main_of(tmp_path / "text.txt", tmp_path / "out", steps=10)
+    shown = capsys.readouterr().out
+    assert shown.count("step 0") == 1 and "| exhaustive | 3 | FFF |" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def few(draw, tasks, length, sequences, seed=0):  # noqa: ANN001, ANN201  # type: ignore[no-untyped-def]
+    """Smaller calibration."""
+    return draw(tasks[:1], 64, 2, seed)
+
+
+@pytest.mark.slow
+def test_costs_of_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ways agree; a checkpoint larger than the budget is searched within it."""
+    cost = run_path(str(FOLDER / "indexcache_cost.py"))
+    cost["main"](tmp_path, rounds=1, layers=6, width=128, budget=250_000_000)
+    rows = json.loads((tmp_path / "cost.json").read_text())
+    assert rows[0]["ratio"] > 1.2 and rows[1]["ratio"] > 1.2
+    capsys.readouterr()
+    folder = tmp_path / "model"
+    cost["save"](cost["random_model"](24, 768), folder, dtype=torch.float32)
+    found = cost["within"](folder, 24, 400_000_000)
+    assert found["bytes"] > 2 * found["budget"] and found["more"] * 1e6 < found["budget"]
+
+
+@pytest.mark.slow
+def test_the_pattern_lab_in_ten_minutes(tmp_path: Path) -> None:
+    """QUICK: one model, its search beside the optimum, distilled arms, and the tables of them; then nothing is left."""
+    text = tmp_path / "text.txt"
+    text.write_text(SENTENCE * 400)
+    environment = os.environ | {"QUICK": "1", "OMP_NUM_THREADS": "2"}
+    command = ["sh", str(FOLDER / "indexcache_nano.sh"), str(text), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert (tmp_path / "out" / "tables.md").exists(), done.stdout[-2000:] + done.stderr[-2000:]
+    found = (tmp_path / "out" / "tables.md").read_text()
+    assert "| 0 | 3 | exhaustive |" in found and "| uniform4 | 1 |" in found and "dense" in found
+    assert (tmp_path / "out" / "search-0-3" / "report.html").exists()
+    again = subprocess.run([*command, "dense", "full"], env=environment, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0  # all is kept

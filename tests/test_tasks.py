@@ -159,3 +159,12 @@ def test_mistakes(name: str) -> None:
 
 def test_as_short_as_it_can_be() -> None:
     assert len(answers(make("recall", 24, 6))) == 6
+
+
+def test_chains_of_one_length() -> None:
+    for hops in (2, 3, 4):
+        example = draw("multihop", 256, np.random.default_rng(0), facts=8, hops=hops)
+        haystack = example.ids[: int((example.ids == ASK).nonzero()[0][-1])]
+        assert sum(int(i) in KEYS for i in haystack) == 8 * (2 * hops - 1)
+    with pytest.raises(InputError, match="hops is 5; expected 2 to 4"):
+        draw("multihop", 256, np.random.default_rng(0), facts=8, hops=5)

@@ -180,6 +180,43 @@ def test_long_ones_are_a_mix() -> None:
     assert kinds == {"text", "needle", "multikey", "recall"}
 
 
+@pytest.mark.parametrize("length", [34, 64, 128, 512])
+def test_chains_are_asked_for_where_each_link_stands(length: int) -> None:
+    """Every link's row asks for the value at the chain's end, and so does every question, once."""
+    sample, hops = Recall(TEXT, skip=False, hops=1.0).take(length, 20), set()
+    for ids, targets in zip(sample.ids.view(20, -1).tolist(), sample.targets.view(20, -1).tolist(), strict=True):
+        bar, leads = ids.index(ASK), dict[int, int]()
+        for row in range(1, bar):
+            if ids[row - 1] in KEYS and ids[row - 1] not in leads:
+                leads[ids[row - 1]] = ids[row]
+                if ids[row] in KEYS:
+                    assert targets[row] == end(leads, ids[row])[0]
+        asked = ids[bar + 1 :: 2]
+        assert asked and len(asked) == len(set(asked)) and set(asked) <= set(leads)
+        for row in range(bar + 1, length, 2):
+            value, count = end(leads, ids[row])
+            assert targets[row] == value and value in VALUES
+            hops.add(count)
+    assert hops == ({1, 2, 3, 4} if length < 128 else {2, 3, 4})
+
+
+def end(leads: dict[int, int], key: int) -> tuple[int, int]:
+    """The value to which a key leads, over how many statements."""
+    count = 1
+    while (key := leads[key]) in KEYS:
+        count += 1
+    return key, count
+
+
+def test_hops_are_a_share_and_change_nothing_else() -> None:
+    plain, mixed = Recall(TEXT, 3), Recall(TEXT, 3, hops=0.5)
+    assert sum(mixed.mix.values()) == pytest.approx(1) and mixed.mix["multihop"] == 0.5
+    assert mixed.mix["recall"] == pytest.approx(plain.mix["recall"] / 2) and "multihop" not in plain.mix
+    assert torch.equal(plain.take(64, 9).ids, Recall(TEXT, 3, hops=0.0).take(64, 9).ids)
+    with pytest.raises(InputError, match="hops is 1.5"):
+        Recipe(hops=1.5)
+
+
 @pytest.mark.parametrize("length", [16, 256])
 def test_positions_that_are_not_skipped(length: int) -> None:
     """A control: every row stands where it is."""
