@@ -243,6 +243,7 @@ def test_costs_of_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1600)
 def test_the_pattern_lab_in_ten_minutes(tmp_path: Path) -> None:
     """QUICK: one model, its search beside the optimum, distilled arms, and the tables of them; then nothing is left."""
     text = tmp_path / "text.txt"

@@ -17,6 +17,7 @@ from nanoglm.eval.longcontext import rescheduled
 from nanoglm.indexcache.apply import apply, launch_lines
 from nanoglm.indexcache.distil import distil, recipe_of, scheduled
 from nanoglm.model import GLM, BatchStore
+from nanoglm.ops import count_work
 from nanoglm.train.data import Tokens
 from nanoglm.train.run import Corpus
 from nanoglm.verify.oracle import hf, our_tie_rule, silent
@@ -100,6 +101,20 @@ def test_an_indexer_that_was_dropped_does_not_come_back(tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="not empty"):
         apply(tmp_path / "in", "FSSSS", tmp_path / "full")
+
+
+def test_so_many_fewer_pairs_are_scored(tmp_path: Path) -> None:
+    """F of N indexers score F/N of the pairs, and attend to as many rows."""
+    model = small()
+    save(model, tmp_path / "in")
+    apply(tmp_path / "in", "FSSFS", tmp_path / "out")
+    ids, found = sequences(model).sample.ids[:24].tolist(), []
+    for name in ("in", "out"):
+        with count_work() as work:
+            nanoglm.load(tmp_path / name).logits([ids])
+        found.append(work)
+    assert found[1].pairs_scored * 5 == found[0].pairs_scored * 2 > 0
+    assert found[1].rows_attended == found[0].rows_attended > 0
 
 
 # ------------------------------------------------------------------------------- distillation
