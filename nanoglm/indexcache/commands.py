@@ -23,11 +23,12 @@ from tyro.conf import Positional, subcommand
 from nanoglm.api import Model, load
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.errors import InputError
-from nanoglm.indexcache import calibration, overlap, pattern
 from nanoglm.indexcache.apply import apply, launch_lines
-from nanoglm.indexcache.calibration import Calibration
+from nanoglm.indexcache.calibration import HOPS, Calibration, of_tasks, of_text
 from nanoglm.indexcache.evaluate import Evaluator
 from nanoglm.indexcache.gates import gates
+from nanoglm.indexcache.overlap import merged, overlap, similarity
+from nanoglm.indexcache.pattern import count_of
 from nanoglm.indexcache.search import Method, Row, Search, cost
 from nanoglm.indexcache.stack import GLMStack
 from nanoglm.memory import parse_bytes
@@ -62,7 +63,7 @@ def overlap_(
     """
     loaded = load(model)
     stack = GLMStack(loaded.module)
-    bands = overlap.overlap(stack, sequences_of(loaded, data, tasks, length, sequences, seed))
+    bands = overlap(stack, sequences_of(loaded, data, tasks, length, sequences, seed))
     table = Table("positions", "queries", "chance", "neighbours", "all pairs", "least", "corrected: neighbours", "all")
     n = len(stack.pattern)
     off = ~torch.eye(n, dtype=torch.bool)
@@ -167,7 +168,7 @@ def search(
             file = out / EVALUATIONS
         own, gather = (found, None) if ranks is None else _share(found, ranks)
         evaluator = Evaluator(stack, own, budget=int(parse_bytes("memory", memory) or 1 << 30))
-        full = pattern.count_of(keep, len(stack.pattern))
+        full = count_of(keep, len(stack.pattern))
         console = Console(stderr=True, quiet=not first)
         with Progress(
             *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True,
@@ -211,10 +212,10 @@ def by(run: Search, method: Method, full: int, *, blocks: int = 1, seed: int = 0
         return run.random(full, seed=seed)
     stack, data = run.evaluator.stack, run.evaluator.data
     if method == "overlap":
-        return [run.alike(method, overlap.merged(overlap.overlap(stack, data)).overlap, full)]
+        return [run.alike(method, merged(overlap(stack, data)).overlap, full)]
     if not isinstance(stack, GLMStack):
         raise InputError("method is similarity; expected a GLM, whose attention it looks at")
-    return [run.alike(method, overlap.similarity(stack, data), full)]
+    return [run.alike(method, similarity(stack, data), full)]
 
 
 def distil(
@@ -324,13 +325,13 @@ def sequences_of(
         size = model.config.vocab_size
         if size != VOCABULARY:
             raise InputError(f"model has vocabulary {size}; expected the tasks' {VOCABULARY}, or --data TEXT")
-        return calibration.of_tasks(tasks or ("recall", *calibration.HOPS), length, sequences, seed)
+        return of_tasks(tasks or ("recall", *HOPS), length, sequences, seed)
     try:
         text = data.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data {data} cannot be read as UTF-8: {error}") from None
     tokenizer = model.tokenizer if model.has_tokenizer or model.config.vocab_size != VOCABULARY else byte_tokenizer()
-    return calibration.of_text(np.array(tokenizer.encode(text)), length, sequences)
+    return of_text(np.array(tokenizer.encode(text)), length, sequences)
 
 
 # --------------------------------------------------------------------------------- processes
