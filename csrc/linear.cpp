@@ -9,10 +9,11 @@ void run(const X* x, Strides xs, const X* w, Strides ws, bool along, int64_t cou
   std::vector<Inputs<X>> in;
   for (int h = 0; h < heads; h++) in.emplace_back(x + h * xs.head, count, xs.row, inputs);
   const int64_t chunks = (count + CHUNK_ROWS - 1) / CHUNK_ROWS, panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t grain = std::max<int64_t>(1, heads * panels * chunks / (8 * threads));  // neighbours share a panel of weights
 #pragma omp parallel num_threads(threads)
   {
     auto& products = Products<X>::mine();
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, grain)
     for (int64_t i = 0; i < heads * panels * chunks; i++) {
       const int64_t h = i / chunks / panels, o = i / chunks % panels * PANEL, t = i % chunks * CHUNK_ROWS;
       const int rows = (int)std::min<int64_t>(CHUNK_ROWS, count - t), some = (int)std::min<int64_t>(PANEL, outputs - o);

@@ -145,7 +145,7 @@ def main(out: Path, rounds: int = 3, layers: int = 12, width: int = 256, budget:
         budget: Bytes that the search of the larger model may take.
     """
     out.mkdir(parents=True, exist_ok=True)
-    model, data = random_model(layers, width), sequences(16, 256)
+    model, data = random_model(layers, width), sequences(8, 128)
     rows: list[object] = []
     rows.append(versus(
         "restart", {
