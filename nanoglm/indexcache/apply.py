@@ -11,8 +11,6 @@ from pathlib import Path
 
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
-from nanoglm.indexcache.evaluate import check
-from nanoglm.weights import Checkpoint
 from nanoglm.weights.slice import slice_checkpoint
 
 
@@ -28,11 +26,11 @@ def apply(
         The configuration written.
 
     Raises:
+        ConfigError: letters other than F and S, another number of them, S first.
         InputError: F where the checkpoint has no indexer, or ``out`` exists and is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out {out} exists and is not empty; expected a new directory, nothing is overwritten")
-    check(pattern, Checkpoint(source).config.pattern)
     return slice_checkpoint(source, out, pattern=pattern, progress=progress)
 
 

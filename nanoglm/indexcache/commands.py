@@ -20,19 +20,20 @@ from rich.table import Table
 from torch import Tensor
 from tyro.conf import Positional, subcommand
 
-from nanoglm.api import Model, load
+from nanoglm.api import Model, checkpoint_directory, load
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.errors import InputError
 from nanoglm.indexcache.apply import apply, launch_lines
 from nanoglm.indexcache.calibration import HOPS, Calibration, of_tasks, of_text
-from nanoglm.indexcache.evaluate import Evaluator
+from nanoglm.indexcache.evaluate import Evaluator, Score, check
 from nanoglm.indexcache.gates import gates
 from nanoglm.indexcache.overlap import merged, overlap, similarity
 from nanoglm.indexcache.pattern import count_of
-from nanoglm.indexcache.search import Method, Row, Search, cost
+from nanoglm.indexcache.search import Method, Row, Search, cost, read_scores
 from nanoglm.indexcache.stack import GLMStack
 from nanoglm.memory import parse_bytes
 from nanoglm.tasks import VOCABULARY
+from nanoglm.weights import Checkpoint
 
 SETTINGS, EVALUATIONS, RESULT, OVERLAP = "settings.json", "evaluations.jsonl", "result.json", "overlap.json"
 DEFAULT = str(Path(__file__).parents[1] / "assets" / "indexcache")  # recipes/indexcache.py trained it
@@ -47,6 +48,8 @@ def overlap_(
     length: int = 512,
     sequences: int = 64,
     seed: int = 0,
+    held_out: bool = False,
+    all_full: bool = False,
     out: Path | None = None,
 ) -> None:
     """How much the layers' Selections have in common, corrected for chance, by range of positions.
@@ -59,11 +62,13 @@ def overlap_(
         length: Tokens of a sequence.
         sequences: How many.
         seed: Of the tasks' sequences.
+        held_out: The text's other windows: none overlaps those that are taken without it.
+        all_full: With indexers in every layer, those of Shared layers from the file that training left beside.
         out: A folder for the figures, which nanoglm indexcache report draws.
     """
-    loaded = load(model)
+    loaded = _loaded(model, all_full)
     stack = GLMStack(loaded.module)
-    bands = overlap(stack, sequences_of(loaded, data, tasks, length, sequences, seed))
+    bands = overlap(stack, sequences_of(loaded, data, tasks, length, sequences, seed, held_out))
     table = Table("positions", "queries", "chance", "neighbours", "all pairs", "least", "corrected: neighbours", "all")
     n = len(stack.pattern)
     off = ~torch.eye(n, dtype=torch.bool)
@@ -89,6 +94,8 @@ def gates_(
     length: int = 512,
     sequences: int = 64,
     seed: int = 0,
+    held_out: bool = False,
+    all_full: bool = False,
 ) -> None:
     """Whether a model can tell patterns apart: what it selects has to matter, or a search means nothing.
 
@@ -102,9 +109,12 @@ def gates_(
         length: Tokens of a sequence, some times k.
         sequences: How many.
         seed: Of the tasks' sequences.
+        held_out: The text's other windows: none overlaps those that are taken without it.
+        all_full: With indexers in every layer, those of Shared layers from the file that training left beside.
     """
-    loaded = load(model)
-    rows = gates(GLMStack(loaded.module), sequences_of(loaded, data, tasks, length, sequences, seed))
+    loaded = _loaded(model, all_full)
+    stack, found = GLMStack(loaded.module), sequences_of(loaded, data, tasks, length, sequences, seed, held_out)
+    rows = gates(stack, found)
     table = Table("", "gate", "value", "expected")
     for row in rows:
         mark, style = ("open", "green") if row.ok else ("SHUT", "bold red")
@@ -125,6 +135,8 @@ def search(
     patterns: tuple[str, ...] = (),
     blocks: int = 1,
     seed: int = 0,
+    held_out: bool = False,
+    all_full: bool = False,
     stream: bool = False,
     memory: str = "1GB",
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -142,58 +154,81 @@ def search(
         length: Tokens of a sequence.
         sequences: How many.
         patterns: These beside those that are found, F and S.
-        blocks: Stages of a pipeline, each of which is to begin with an F (greedy).
+        blocks: Stages of a pipeline, each of which is to begin with an F; greedy alone keeps to them.
         seed: Of the tasks' sequences and of random patterns.
+        held_out: The text's other windows: none overlaps those that are taken without it.
+        all_full: With indexers in every layer, those of Shared layers from the file that training left beside.
         stream: Read each layer from the checkpoint when it is needed, for a model larger than memory.
         memory: What the states between two layers may take, such as 8GB.
         dtype: Of the weights in memory.
         out: A folder for what is found; a search that was interrupted goes on there.
     """
+    if blocks > 1 and (others := {"swap", "beam", "exhaustive"} & set(method)):
+        raise InputError(f"blocks is {blocks} with method {min(others)}; expected greedy, which alone keeps to blocks")
     with _ranks() as ranks:
         weights = torch.float32 if dtype == "float32" else torch.bfloat16
-        loaded = load(model, dtype=weights, device="meta" if stream else "cpu")
-        stack = GLMStack.streamed(model, weights) if stream else GLMStack(loaded.module, dtype=weights)
-        found = sequences_of(loaded, data, tasks, length, sequences, seed)
-        file = None
+        loaded = _loaded(model, all_full, weights, stream)
+        stack = GLMStack.streamed(model, weights, all_full) if stream else GLMStack(loaded.module, dtype=weights)
+        found = sequences_of(loaded, data, tasks, length, sequences, seed, held_out)
+        if length <= (topk := stack.model.config.index_topk):
+            raise InputError(f"length is {length}; expected some times the {topk} tokens that each selects")
+        full, first = count_of(keep, len(stack.pattern)), ranks is None or ranks.first
+        for each in patterns:
+            check(each, stack.pattern)
         settings = {
             "model": Path(model).name, "pattern": stack.pattern, "sequences": len(found), "length": length,
-            "data": found.digest, "dtype": dtype, "topk": stack.model.config.index_topk,
+            "data": found.digest, "dtype": dtype, "topk": topk,
         }  # fmt: skip
-        first = ranks is None or ranks.first
-        if out is not None:
-            if ranks is None:
-                _begin(out, settings)
-            else:
-                ranks.first_does(lambda: _begin(out, settings))
-            file = out / EVALUATIONS
+
+        def begin() -> dict[str, Score]:
+            if out is None:
+                return {}
+            _begin(out, settings)
+            return read_scores(out / EVALUATIONS, len(found), cut=True)
+
+        known = begin() if ranks is None else ranks.first_does(begin)
         own, gather = (found, None) if ranks is None else _share(found, ranks)
-        evaluator = Evaluator(stack, own, budget=int(parse_bytes("memory", memory) or 1 << 30))
-        full = count_of(keep, len(stack.pattern))
-        console = Console(stderr=True, quiet=not first)
+        console, evaluator = Console(stderr=True, quiet=not first), Evaluator(stack, own, budget=_bytes(memory))
         with Progress(
             *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True,
             disable=not console.is_terminal,
         ) as bar:  # fmt: skip
             task = bar.add_task("the model's own pattern", total=None)
             run = Search(
-                evaluator, file, groups=found.groups, gather=gather, writes=first,
-                progress=lambda done: bar.update(task, completed=done),
+                evaluator, None if out is None else out / EVALUATIONS, known=known, data=found, gather=gather,
+                writes=first, together=128 if stream else 32, progress=lambda done: bar.update(task, completed=done),
             )  # fmt: skip
             began = time.perf_counter()
-            run.losses([run.own])
-            seconds = time.perf_counter() - began if run.evaluated else None
+            run.begin()
+            seconds = time.perf_counter() - began
             rows: list[Row] = [run.row("all", run.own)]
+            run.losses(patterns)
             rows += [run.row("given", each) for each in patterns]
             for name in method:
-                most, lasts = cost(name, full, run.own, seconds or 0.0)
-                if seconds is not None:
-                    console.print(f"{name}: at most {most:,} patterns, about {lasts / 60:.1f} min", highlight=False)
-                bar.update(task, description=name, total=run.evaluated + most)
-                rows += by(run, name, full, blocks=blocks, seed=seed)
+                count, lasts = cost(name, full, run.own, seconds)
+                console.print(f"{name}: about {count:,} patterns, at most {lasts / 60:.1f} min", highlight=False)
+                bar.update(task, description=name, total=run.evaluated + count)
+                rows += (these := by(run, name, full, blocks=blocks, seed=seed))
+                if not these:
+                    console.print(f"{name}: no definition fits {run.own}, which lacks indexers", highlight=False)
+                if first and out is not None:  # after each: the next may be cut off
+                    _keep(out / RESULT, full, settings, rows)
         if first:
             _tell(rows, full)
             if out is not None:
-                _write(out / RESULT, {"full": full, "settings": settings, "rows": [asdict(row) for row in rows]})
+                _keep(out / RESULT, full, settings, rows)
+
+
+def _keep(file: Path, full: int, settings: dict[str, Any], rows: list[Row]) -> None:
+    """Writes the rows, behind those of other methods that an earlier search for as many indexers left."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        held = {}
+    found = {row.method for row in rows}
+    before = [row for row in held.get("rows", ()) if row["method"] not in found] if held.get("full") == full else []
+    own = [asdict(row) for row in rows]
+    _write(file, {"full": full, "settings": settings, "rows": own[:1] + before + own[1:]})
 
 
 def by(run: Search, method: Method, full: int, *, blocks: int = 1, seed: int = 0) -> list[Row]:
@@ -210,7 +245,7 @@ def by(run: Search, method: Method, full: int, *, blocks: int = 1, seed: int = 0
         return run.uniform(full)
     if method == "random":
         return run.random(full, seed=seed)
-    stack, data = run.evaluator.stack, run.evaluator.data
+    stack, data = run.evaluator.stack, run.data  # all sequences: every process has to come to the same pattern
     if method == "overlap":
         return [run.alike(method, merged(overlap(stack, data)).overlap, full)]
     if not isinstance(stack, GLMStack):
@@ -310,17 +345,20 @@ Verb = (
 
 # --------------------------------------------------------------------------------- data
 def sequences_of(
-    model: Model, data: Path | None, tasks: tuple[str, ...], length: int, sequences: int, seed: int
+    model: Model, data: Path | None, tasks: tuple[str, ...], length: int, sequences: int, seed: int, held_out: bool
 ) -> Calibration:  # fmt: skip
     """The sequences that the options name.
 
     Raises:
-        InputError: both a text and tasks, tasks for a model with another vocabulary than theirs, no such text.
+        InputError: both a text and tasks, tasks for a model with another vocabulary than theirs, no such text; other
+            windows of tasks, which another seed gives.
     """
     if data is not None and tasks:
         raise InputError("data and tasks are both given; expected one of them")
     if min(length, sequences) < 2:
         raise InputError(f"length is {length} and sequences {sequences}; expected at least 2")
+    if data is None and held_out:
+        raise InputError("held_out is given without data; expected another seed for other sequences of tasks")
     if data is None:
         size = model.config.vocab_size
         if size != VOCABULARY:
@@ -331,7 +369,23 @@ def sequences_of(
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data {data} cannot be read as UTF-8: {error}") from None
     tokenizer = model.tokenizer if model.has_tokenizer or model.config.vocab_size != VOCABULARY else byte_tokenizer()
-    return of_text(np.array(tokenizer.encode(text)), length, sequences)
+    return of_text(np.array(tokenizer.encode(text)), length, sequences, skip=int(held_out))
+
+
+def _loaded(model: str, all_full: bool, dtype: torch.dtype = torch.float32, meta: bool = False) -> Model:
+    """The model, on request with the Shared layers' own indexers; on meta without weights."""
+    directory = checkpoint_directory(model)
+    if directory is None and (all_full or meta):
+        raise InputError(f"model is {model}; expected a checkpoint directory, which layers and indexers are read from")
+    if directory is None or not all_full or meta:
+        return load(model, dtype=dtype, device="meta" if meta else "cpu")
+    tokenizer = load(directory, device="meta")
+    module, _ = Checkpoint(directory, all_full=True).load(dtype=dtype)
+    return Model(module, tokenizer.tokenizer if tokenizer.has_tokenizer else None)
+
+
+def _bytes(memory: str) -> int:
+    return int(parse_bytes("memory", memory) or 0)
 
 
 # --------------------------------------------------------------------------------- processes

@@ -19,6 +19,7 @@ from nanoglm.api import Model
 from nanoglm.errors import InputError
 from nanoglm.indexcache.pattern import sources
 from nanoglm.model import GLM
+from nanoglm.tasks import VOCABULARY
 from nanoglm.train.recipe import Recipe, indexer_warmup, sparse, tasks
 from nanoglm.train.run import Corpus, run
 
@@ -68,11 +69,15 @@ def distil(
 ) -> None:
     """Trains ``model`` under ``pattern`` by a recipe of :func:`recipe_of` and writes the checkpoint directory ``out``.
 
+    As after every training on text, the Shared layers then get indexers of their own, for comparison, in a file beside
+    the weights; that takes as many steps as the first stage.
+
     Args:
         topk: tokens that each selects, if not the model's own number.
 
     Raises:
         ConfigError: no such pattern. InputError: as :func:`nanoglm.train.run.run`.
     """
-    init = Model(scheduled(model, pattern, topk), None if recipe.reads("recall") else data.tokenizer)
-    run(data, recipe, out, init, resume=resume)
+    if recipe.reads("recall") and model.config.vocab_size != VOCABULARY:
+        raise InputError(f"model has vocabulary {model.config.vocab_size}; expected the tasks' {VOCABULARY}")
+    run(data, recipe, out, Model(scheduled(model, pattern, topk), None), resume=resume)

@@ -63,6 +63,9 @@ class Evaluator:
         self.batches, self.layer_tokens = data.sample.split(batch_tokens), 0
         whole = len(stack.pattern) * len(data.sample.ids) * stack.width
         self.restart = restart and whole <= budget // 2
+        least = 2 * max(len(part.ids) for part in self.batches) * stack.width
+        if least > budget:
+            raise InputError(f"memory is {budget:,} bytes; expected at least {least:,} for the states of one batch")
         self._kept: dict[str, list[_State]] = {}  # of prefixes of the committed pattern, by batch
 
     @torch.no_grad()
@@ -122,7 +125,8 @@ class Evaluator:
     ) -> Iterator[tuple[str, list[_State]]]:
         """Every prefix with its states, layer by layer; none is held longer than the next layer needs it."""
         begun = [self.stack.begin(part.ids, part.batch) for part in batches]
-        states = {"": [_State(x_TD, None) for x_TD, _ in begun]}
+        steps, states = [step for _, step in begun], {"": [_State(x_TD, None) for x_TD, _ in begun]}
+        del begun  # or the embeddings would stay to the end
         for depth, level in enumerate(levels):
             states = {p: s for p, s in states.items() if len(p) == depth}
             states |= {p: s for p, s in roots.items() if len(p) == depth}
@@ -130,7 +134,7 @@ class Evaluator:
             for prefix in level:
                 assert layer is not None
                 made: list[_State] = []
-                for (_, step), state in zip(begun, states[prefix[:-1]], strict=True):
+                for step, state in zip(steps, states[prefix[:-1]], strict=True):
                     made.append(_State(*run(layer, state.x_TD, step, state.selection if prefix[-1] == "S" else None)))
                     self.layer_tokens += len(state.x_TD)
                 states[prefix] = made

@@ -20,7 +20,7 @@ from nanoglm.indexcache.stack import GLMStack, Stack, run
 from nanoglm.model import BatchStore
 from nanoglm.train.data import Sample
 
-ROWS = 128  # whose sets are compared at once
+ELEMENTS = 1 << 22  # of the sets that are compared at once, as masks
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def _selections(stack: Stack, part: Sample) -> list[Tensor]:
 def _common(selections: list[Tensor], keys: int) -> Tensor:
     """By pair of layers, how many positions both selected, over all rows: fp64 [N, N]."""
     total = torch.zeros(len(selections), len(selections), dtype=torch.float64)
-    for begin in range(0, len(selections[0]), ROWS):
-        chosen_TNK = torch.stack([s[begin : begin + ROWS] for s in selections], 1).long()
+    rows = max(1, ELEMENTS // (len(selections) * keys))
+    for begin in range(0, len(selections[0]), rows):
+        chosen_TNK = torch.stack([s[begin : begin + rows] for s in selections], 1).long()
         held_TNS = torch.zeros(*chosen_TNK.shape[:2], keys + 1, device=chosen_TNK.device)
         held_TNS.scatter_(-1, torch.where(chosen_TNK < 0, keys, chosen_TNK), 1.0)
         held_TNS = held_TNS[..., :keys]

@@ -5,6 +5,7 @@ Source: indexcache spec 3.1, 3.5.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from itertools import combinations
 
@@ -46,7 +47,7 @@ def count_of(keep: str, layers: int) -> int:
         share = Fraction(keep)
     except (ValueError, ZeroDivisionError):
         raise InputError(f"keep is {keep!r}; expected a share such as 1/4, or a number of indexers") from None
-    count = max(1, round(share * layers)) if share < 1 else share
+    count = max(1, round(share * layers)) if share < 1 or "/" in keep or "." in keep else share
     if share <= 0 or count > layers or int(count) != count:
         raise InputError(f"keep is {keep!r}; expected a share such as 1/4, or 1 to {layers} indexers")
     return int(count)
@@ -61,5 +62,10 @@ def subsets(pattern: str, full: int) -> list[str]:
     free = [layer for layer, letter in enumerate(pattern) if letter == "F" and layer]
     if not 1 <= full <= len(free) + 1:
         raise InputError(f"{full} indexers are asked for; expected 1 to {len(free) + 1}, what {pattern} has")
-    chosen = (frozenset(layers) for layers in combinations(free, full - 1))
-    return ["".join("F" if not i or i in layers else "S" for i in range(len(pattern))) for layers in chosen]
+    return [with_full(layers, len(pattern)) for layers in combinations(free, full - 1)]
+
+
+def with_full(layers: Iterable[int], count: int) -> str:
+    """The pattern of so many layers in which the first one and these are Full."""
+    full = {0, *(int(layer) for layer in layers)}
+    return "".join("F" if layer in full else "S" for layer in range(count))

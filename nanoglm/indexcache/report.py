@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from nanoglm.errors import InputError
-from nanoglm.indexcache.search import best_by_count
+from nanoglm.indexcache.search import best_by_count, read_scores
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 SCALE = "Viridis"
+LEAST = 1e-3  # nats, below which a difference is none
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Plot:
     low: float = 0.0
     high: float = 1.0
     bars: bool = False
+    square: bool = False
+    log: bool = False
 
 
 def report(run: Path) -> list[Path]:
@@ -69,7 +72,7 @@ def plots_of(run: Path) -> list[Plot]:
     """What there is to draw."""
     plots: list[Plot] = []
     if (held := _json(run / "overlap.json")) is not None:
-        plots.append(_overlap(held))
+        plots += [_overlap(band) for band in held["bands"]]
     result = _json(run / "result.json")
     if result is not None:
         plots += [_loss(result, run / "evaluations.jsonl"), _patterns(result), _tasks(result)]
@@ -79,8 +82,7 @@ def plots_of(run: Path) -> list[Plot]:
 
 
 # --------------------------------------------------------------------------------- plots
-def _overlap(held: dict[str, Any]) -> Plot:
-    band = held["bands"][-1]
+def _overlap(band: dict[str, Any]) -> Plot:
     corrected = [[(value - band["chance"]) / (1 - band["chance"]) for value in row] for row in band["overlap"]]
     off = [value for i, row in enumerate(corrected) for j, value in enumerate(row) if i != j]
     note = (
@@ -89,17 +91,18 @@ def _overlap(held: dict[str, Any]) -> Plot:
     )
     names = [str(i) for i in range(len(corrected))]
     return Plot(
-        "overlap", "Overlap of the layers' Selections, less chance", "layer", "layer", note, grid=corrected, rows=names,
-        low=min(0.0, *off), high=1.0,
+        f"overlap-{band['begin']}", "Overlap of the layers' Selections, less chance", "layer", "layer", note,
+        grid=corrected, rows=names, low=min(0.0, *off), high=1.0, square=True,
     )  # fmt: skip
 
 
 def _loss(result: dict[str, Any], evaluations: Path) -> Plot:
-    rows, plot = result["rows"], Plot("loss", "Loss against indexers kept", "indexers", "nats a token more than all")
+    rows = result["rows"]
+    unit = f"nats a token more than all, {LEAST} and up"
+    plot = Plot("loss", "Loss against indexers kept", "indexers", unit, log=True)
     base = next(row["loss"] for row in rows if row["method"] == "all")
     if evaluations.exists():
-        tried = [json.loads(line) for line in evaluations.read_text(encoding="utf-8").splitlines()]
-        found = {line["pattern"]: sum(line["loss"]) / len(line["loss"]) for line in tried}
+        found = {pattern: float(score.loss.mean()) for pattern, score in read_scores(evaluations).items()}
         points = sorted((pattern.count("F"), loss - base) for pattern, loss in found.items())
         plot.lines.append(("every pattern tried", [n for n, _ in points], [loss for _, loss in points], True))
         best = best_by_count(found)
@@ -107,6 +110,7 @@ def _loss(result: dict[str, Any], evaluations: Path) -> Plot:
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "all"):
         own = sorted((row["full"], row["difference"]) for row in rows if row["method"] == method)
         plot.lines.append((method, [n for n, _ in own], [loss for _, loss in own], method != "greedy"))
+    plot.lines = [(name, x, [max(LEAST, value) for value in y], points) for name, x, y, points in plot.lines]
     plot.note = f"{result['settings']['sequences']} sequences of {result['settings']['length']} tokens."
     return plot
 
@@ -152,7 +156,7 @@ def page(name: str, plots: list[Plot]) -> str:
         if plot.grid is not None:
             figure.add_trace(graphs.Heatmap(
                 z=plot.grid, y=plot.rows, x=[str(i) for i in range(len(plot.grid[0]))], colorscale=SCALE, zmin=plot.low,
-                zmax=plot.high, xgap=1, ygap=1, showscale=plot.name == "overlap",
+                zmax=plot.high, xgap=1, ygap=1, showscale=plot.square,
             ))  # fmt: skip
         for (label, x, y, points), colour in zip(plot.lines, _colours(plot), strict=True):
             if plot.bars:
@@ -161,14 +165,14 @@ def page(name: str, plots: list[Plot]) -> str:
                 mode = "markers" if points else "lines+markers"
                 marker = {"color": colour, "size": 5 if label == "every pattern tried" else 9}
                 figure.add_trace(graphs.Scatter(name=label, x=x, y=y, mode=mode, marker=marker))
-        square = plot.name == "overlap"
         figure.update_layout(
             title=plot.title, xaxis_title=plot.x, yaxis_title=plot.y, template="plotly_white", height=560,
-            width=680 if square else 1000, yaxis={"autorange": "reversed"} if square else {}, margin={"l": 150},
+            width=680 if plot.square else 1000, yaxis={"autorange": "reversed"} if plot.square else {},
+            margin={"l": 150},
         )  # fmt: skip
         figure.update_xaxes(type="category" if plot.grid is not None or plot.name in ("tasks", "speed") else "linear")
-        if plot.grid is not None:
-            figure.update_yaxes(type="category")
+        if plot.grid is not None or plot.log:
+            figure.update_yaxes(type="log" if plot.log else "category")
         script = figure.to_html(full_html=False, include_plotlyjs="inline" if first else False)
         parts.append(f"{script}<p>{html.escape(plot.note)}</p>")
         first = False
@@ -181,17 +185,16 @@ def _picture(plot: Plot, file: Path) -> None:
         figure_of: Callable[..., Any] = import_module("matplotlib.figure").Figure
     except ImportError:
         raise InputError("a report needs matplotlib; expected pip install 'nanoglm[plots]'") from None
-    square = plot.name == "overlap"
-    figure = figure_of(figsize=(6.4, 5.6) if square else (10, 5.6), layout="constrained", dpi=120)
+    figure = figure_of(figsize=(6.4, 5.6) if plot.square else (10, 5.6), layout="constrained", dpi=120)
     axes = figure.subplots()
     if plot.grid is not None:
         image = axes.imshow(
             plot.grid, vmin=plot.low, vmax=plot.high, cmap=SCALE.lower(), aspect="auto",
-            origin="upper" if square else "lower",
+            origin="upper" if plot.square else "lower",
         )  # fmt: skip
         axes.set_yticks(range(len(plot.rows)), plot.rows)
         axes.set_xticks(range(len(plot.grid[0])))
-        if square:
+        if plot.square:
             figure.colorbar(image)
     for place, ((label, x, y, points), colour) in enumerate(zip(plot.lines, _colours(plot), strict=True)):
         if plot.bars:
@@ -204,6 +207,8 @@ def _picture(plot: Plot, file: Path) -> None:
                       label=label, color=colour, zorder=1 if small else 2)  # fmt: skip
     if plot.lines:
         axes.legend()
+    if plot.log:
+        axes.set_yscale("log")
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
     figure.savefig(file, format="png")
 
@@ -211,7 +216,8 @@ def _picture(plot: Plot, file: Path) -> None:
 def _colours(plot: Plot) -> list[str]:
     """One for each line; what was merely tried is pale."""
     shown = iter(COLOURS * (1 + len(plot.lines) // len(COLOURS)))
-    return ["#cccccc" if label == "every pattern tried" else next(shown) for label, *_ in plot.lines]
+    fixed = {"every pattern tried": "#cccccc", "the best of them": "#000000"}
+    return [fixed.get(label) or next(shown) for label, *_ in plot.lines]
 
 
 def _json(file: Path) -> Any:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,12 +30,14 @@ import torch
 from torch import Tensor
 
 from nanoglm.errors import InputError
+from nanoglm.indexcache.calibration import Calibration
 from nanoglm.indexcache.evaluate import Evaluator, Score
-from nanoglm.indexcache.pattern import UNIFORM, flipped, subsets, uniform
+from nanoglm.indexcache.pattern import UNIFORM, flipped, subsets, uniform, with_full
 
 Method = Literal["greedy", "swap", "beam", "exhaustive", "uniform", "random", "similarity", "overlap"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BEAM = 3
+MOST = 100_000  # patterns that exhaustive takes on
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ class Search:
     """Methods over one model and one calibration set.
 
     Args:
-        file: where scores are kept, JSON lines; what it holds already is not evaluated again.
-        gather: of a tensor [S] of this process's sequences, that of all processes'.
+        file: where scores are kept, JSON lines. known: what it holds already, see :func:`read_scores`.
+        data: all sequences, where several processes share them; the evaluator then has this one's.
+        gather: of a tensor [S] of this process's sequences, that of all processes'. writes: whether this one does.
+        together: patterns evaluated between two writings: a kill loses them, a model on a disk is read once for them.
         progress: called with the number of patterns evaluated.
 
     Attributes:
@@ -73,31 +77,50 @@ class Search:
         evaluator: Evaluator,
         file: Path | None = None,
         *,
-        groups: Sequence[str] | None = None,
+        known: dict[str, Score] | None = None,
+        data: Calibration | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
         writes: bool = True,
+        together: int = 32,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
         self.evaluator, self.file, self.progress = evaluator, file, progress
         self.gather = gather or (lambda values: values)
         self.own = evaluator.stack.pattern
-        self.groups = evaluator.data.groups if groups is None else tuple(groups)
-        self.writes, self.evaluated = writes, 0
-        self._known: dict[str, Score] = {}
-        if file is not None and file.exists():
-            self._known = _read(file, len(self.groups))
+        self.data = data or evaluator.data
+        self.writes, self.together, self.evaluated = writes, together, 0
+        self._known = dict(known or {})
 
     def losses(self, patterns: Iterable[str], committed: str | None = None) -> dict[str, float]:
         """Mean loss under each pattern."""
         wanted = sorted(set(patterns))
         unknown = [pattern for pattern in wanted if pattern not in self._known]
-        if unknown:
-            for pattern, score in self.evaluator.scores(unknown, committed).items():
+        for begin in range(0, len(unknown), self.together):
+            some = unknown[begin : begin + self.together]
+            for pattern, score in self.evaluator.scores(some, committed).items():
                 self._known[pattern] = Score(*(self.gather(values) for values in score))
                 self._write(pattern)
-            self.evaluated += len(unknown)
+            self.evaluated += len(some)
             self.progress(self.evaluated)
         return {pattern: float(self._known[pattern].loss.mean()) for pattern in wanted}
+
+    def begin(self) -> None:
+        """Evaluates the model's own pattern, also if its score is known: it has to be the same.
+
+        Raises:
+            InputError: it is not; what is known is of other weights.
+        """
+        known = self._known.pop(self.own, None)
+        if known is None:
+            self.losses([self.own])
+            return
+        score = Score(*(self.gather(values) for values in self.evaluator.scores([self.own])[self.own]))
+        self._known[self.own] = known
+        if not torch.allclose(score.loss, known.loss, rtol=1e-3, atol=1e-4):
+            raise InputError(
+                f"file {self.file} says {float(known.loss.mean()):.4f} nats of {self.own}, this model has "
+                f"{float(score.loss.mean()):.4f}; expected the model that was searched"
+            )
 
     def row(self, method: str, pattern: str) -> Row:
         """A pattern beside the model's own."""
@@ -105,8 +128,8 @@ class Search:
         score, base = self._known[pattern], self._known[self.own]
         difference, error = paired(score.loss, base.loss)
         right = {
-            group: round(float(score.right[[g == group for g in self.groups]].mean()), 4)
-            for group in dict.fromkeys(self.groups)
+            group: round(float(score.right[[g == group for g in self.data.groups]].mean()), 4)
+            for group in dict.fromkeys(self.data.groups)
         }
         return Row(method, pattern, pattern.count("F"), float(score.loss.mean()), difference, error, right)
 
@@ -126,6 +149,8 @@ class Search:
         Raises:
             InputError: ``full`` is more than there are, or less than the blocks need.
         """
+        if not 1 <= blocks <= len(self.own):
+            raise InputError(f"blocks is {blocks}; expected 1 to {len(self.own)}, the number of layers")
         borders = [round(b * len(self.own) / blocks) for b in range(blocks + 1)]
         fixed = set(borders[:-1]) if blocks > 1 else {0}
         if not len(fixed) <= full <= self.own.count("F") or not all(self.own[layer] == "F" for layer in fixed):
@@ -164,7 +189,9 @@ class Search:
         return self.row("beam", held[0])
 
     def exhaustive(self, full: int) -> Row:
-        """The best of all patterns with ``full`` indexers."""
+        """The best of all patterns with ``full`` indexers. Raises InputError if there are too many."""
+        if (count := math.comb(self.own.count("F") - 1, full - 1)) > MOST:
+            raise InputError(f"exhaustive would evaluate {count:,} patterns; expected at most {MOST:,}")
         found = self.losses(subsets(self.own, full))
         return self.row("exhaustive", min(found, key=lambda p: (found[p], p)))
 
@@ -177,13 +204,19 @@ class Search:
             for rule, p in found.items()
             if all(own == "F" for own, new in zip(self.own, p, strict=True) if new == "F")
         ]
+        self.losses([found[rule] for rule in has])
         return [self.row(f"uniform ({rule})", found[rule]) for rule in has]
 
     def random(self, full: int, count: int = 5, seed: int = 0) -> list[Row]:
-        """Patterns drawn."""
-        every = subsets(self.own, full)
-        drawn = np.random.default_rng(seed).permutation(len(every))[:count]
-        return [self.row("random", every[i]) for i in drawn]
+        """Patterns drawn, all others."""
+        free = [layer for layer, letter in enumerate(self.own) if letter == "F" and layer]
+        rng, drawn = np.random.default_rng(seed), dict[str, None]()
+        for _ in range(min(count, math.comb(len(free), full - 1))):
+            while (pattern := with_full(rng.choice(free, full - 1, replace=False), len(self.own))) in drawn:
+                pass
+            drawn[pattern] = None
+        self.losses(drawn)
+        return [self.row("random", pattern) for pattern in drawn]
 
     def alike(self, method: str, likeness: Tensor, full: int) -> Row:
         """The pattern whose Shared layers are most like their sources, see :func:`best_groups`."""
@@ -241,18 +274,21 @@ def best_by_count(losses: dict[str, float]) -> dict[int, str]:
 
 
 def cost(method: Method, full: int, own: str, seconds: float) -> tuple[int, float]:
-    """Patterns that a method will evaluate at most (swap: with two rounds) and the layers it will run for them, in runs
-    of the whole model; times ``seconds``, what one takes, that is how long it will last."""
+    """About how many patterns a method will evaluate (swap: in two rounds) and how long that lasts at most, if the
+    whole model takes ``seconds``; less where weights come from a disk, since all of a step share their reading."""
     n, have = len(own), own.count("F")
     flips = sum(range(full, have))  # candidates of all greedy steps
-    exchanges = (full - 1) * (have - full)
     patterns = {
-        "greedy": flips, "swap": flips + 2 * exchanges, "beam": BEAM * flips,
+        "greedy": flips, "swap": flips + 2 * (full - 1) * (have - full), "beam": BEAM * flips,
         "exhaustive": math.comb(have - 1, full - 1), "uniform": 3, "random": 5, "similarity": 1, "overlap": 1,
     }[method]  # fmt: skip
-    share = (n + 1) / 2 / n  # of the layers, behind the layer where candidates part
-    runs = 1 + patterns * (share if method in ("greedy", "swap", "beam", "exhaustive") else 1)
-    return patterns, runs * seconds
+    share = (n + 1) / 2 / n  # of the layers: those behind the place where candidates part
+    if method == "exhaustive":  # a prefix of length d with m F is run once: m - 1 of d - 1 places, the rest behind it
+        prefixes = sum(
+            math.comb(d - 1, m - 1) for d in range(1, n + 1) for m in range(max(1, full - n + d), min(d, full) + 1)
+        )
+        share = prefixes / n / patterns if have == n else 1.0
+    return patterns, patterns * seconds * (share if method in ("greedy", "swap", "beam", "exhaustive") else 1.0)
 
 
 def _parted(pattern: str, other: str) -> int:
@@ -260,12 +296,24 @@ def _parted(pattern: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(pattern, other, strict=True)) if a != b), len(pattern))
 
 
-def _read(file: Path, sequences: int) -> dict[str, Score]:
-    """What a file holds; half a line at its end, of a process that was killed, is cut off."""
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
+def read_scores(file: Path, sequences: int | None = None, cut: bool = False) -> dict[str, Score]:
+    """What a search kept, by pattern; nothing if there is no such file.
+
+    Args:
+        sequences: that it has to be of. cut: take half a line at its end, of a process that was killed, away.
+
+    Raises:
+        InputError: something else, or scores of another number of sequences.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if cut and whole != text:
+            file.write_text(whole, encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file {file} cannot be read: {error}") from None
     found: dict[str, Score] = {}
     for line in whole.splitlines():
         try:
@@ -274,6 +322,6 @@ def _read(file: Path, sequences: int) -> dict[str, Score]:
             found[raw["pattern"]] = score
         except (ValueError, KeyError, TypeError):
             raise InputError(f"file {file} holds something else; expected lines of nanoglm indexcache search") from None
-        if len(score.loss) != sequences:
+        if sequences is not None and len(score.loss) != sequences:
             raise InputError(f"file {file} is of {len(score.loss)} sequences; expected {sequences}")
     return found

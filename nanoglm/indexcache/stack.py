@@ -58,9 +58,15 @@ class GLMStack:
         self.layers_read = 0
 
     @classmethod
-    def streamed(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> GLMStack:
-        """A checkpoint of which embedding and head are held, and each layer is read when it is needed."""
-        checkpoint = Checkpoint(directory)
+    def streamed(
+        cls, directory: str | Path, dtype: torch.dtype = torch.float32, all_full: bool = False
+    ) -> GLMStack:  # fmt: skip
+        """A checkpoint of which embedding and head are held, and each layer is read when it is needed.
+
+        Args:
+            all_full: with the Shared layers' own indexers, see :class:`nanoglm.weights.Checkpoint`.
+        """
+        checkpoint = Checkpoint(directory, all_full=all_full)
         model, _ = checkpoint.load(dtype=dtype, layers=())
         return cls(model, checkpoint, dtype)
 

@@ -137,7 +137,7 @@ class Recall:
             targets[bar + 1 :: 2] = ids[bar + 2 :: 2]
             return ids[:-1], targets, self._positions(length, rng, np.r_[1:bar:2, bar + 2 : length : 2])
         most = length // (16 if task == "multihop" else 8)
-        facts = int(rng.integers(max(1, length // 64), most + 1))
+        facts = int(rng.integers(length // 64, most + 1))
         example = draw(task, length, rng, facts=facts, text=self._window(length, rng) if task == "needle" else None)
         whole = example.sources
         if task == "multihop":

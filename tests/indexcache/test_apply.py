@@ -90,12 +90,12 @@ def test_wrong_patterns_leave_nothing_behind(tmp_path: Path, pattern: str, capsy
     save(small(), tmp_path / "in")
     with pytest.raises(SystemExit, match="2"):
         main(["indexcache", "apply", str(tmp_path / "in"), pattern, str(tmp_path / "out")])
-    assert "pattern is" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "attern" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_indexer_that_was_dropped_does_not_come_back(tmp_path: Path) -> None:
     save(rescheduled(small(), "FSFSS"), tmp_path / "in")
-    with pytest.raises(InputError, match="own FSFSS"):
+    with pytest.raises(InputError, match="F at layer 1; expected F where"):
         apply(tmp_path / "in", "FFFSS", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -134,20 +134,26 @@ def test_new_indexers_begin_as_their_sources_copies() -> None:
         scheduled(model, "SFFFF")
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_distillation_trains_what_stays(tmp_path: Path, own: bool) -> None:
-    """One run: the pattern is in the checkpoint, indexers and backbone moved, resuming is refused when it is done."""
-    model = scheduled(small(4), "FFFF")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    tokenizer = byte_tokenizer()
+def test_distillation_trains_what_stays(tmp_path: Path) -> None:
+    """The pattern is in the checkpoint, indexers and backbone moved, and it matters whose attention indexers learn."""
+    model, found = scheduled(small(4), "FFFF"), {}
     ids = np.random.default_rng(0).integers(0, 200, 4000).astype(np.uint16)
-    recipe = recipe_of(2, 2, 32, False, tokens=64, warmup=1, own_layer_kl=own)
-    assert [(stage.name, stage.length) for stage in recipe.stages] == [("indexer_warmup", 32), ("sparse", 32)]
-    distil(model, "FSFS", Corpus(tokenizer, Tokens.of(ids)), recipe, tmp_path / "out", topk=4)
-    found, _ = Checkpoint(tmp_path / "out").load()
-    assert found.config.pattern == "FSFS" and found.config.index_topk == 4
-    after = found.state_dict()
-    moved = {name for name in after if not torch.equal(after[name], before[name].to(torch.bfloat16).float())}
-    assert any(".0.self_attn.indexer.wq_b" in name for name in moved) and any("o_proj" in name for name in moved)
+    data = Corpus(byte_tokenizer(), Tokens.of(ids))
+    for own in (False, True):
+        recipe = recipe_of(2, 2, 32, False, tokens=64, warmup=1, own_layer_kl=own)
+        assert [(stage.name, stage.length) for stage in recipe.stages] == [("indexer_warmup", 32), ("sparse", 32)]
+        distil(model, "FSFS", data, recipe, tmp_path / str(own), topk=4)
+        trained, _ = Checkpoint(tmp_path / str(own)).load()
+        assert trained.config.pattern == "FSFS" and trained.config.index_topk == 4
+        found[own] = trained.state_dict()
+        before = model.state_dict()
+        moved = {n for n, value in found[own].items() if not torch.equal(value, before[n].to(torch.bfloat16).float())}
+        assert any(".0.self_attn.indexer.wq_b" in name for name in moved) and any("o_proj" in name for name in moved)
+    name = "model.layers.0.self_attn.indexer.wk.weight"
+    assert not torch.equal(found[False][name], found[True][name])
+    with pytest.raises(InputError, match="not empty"):
+        distil(model, "FSFS", data, recipe, tmp_path / "True")
     with pytest.raises(InputError, match="warmup is 0"):
         recipe_of(0, 2, 32, False)
+    with pytest.raises(InputError, match="expected the tasks' 2048"):
+        distil(model, "FSFS", data, recipe_of(1, 1, 32, True, tokens=64), tmp_path / "tasks")

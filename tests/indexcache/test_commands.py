@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pattern_models import small
 
-from nanoglm.api import Model
+from nanoglm.api import DEFAULT_MODEL, Model
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.cli import main
 from nanoglm.indexcache.report import plots_of
@@ -48,7 +48,7 @@ def test_search_writes_what_report_draws(
     every = ["greedy", "swap", "beam", "exhaustive", "uniform", "random", "similarity", "overlap"]
     search(model, text, tmp_path, "--method", *every, "--patterns", "FFSSSS")
     shown = capsys.readouterr()
-    assert "exhaustive: at most 5 patterns" in shown.err and "FFSSSS" in shown.out
+    assert "exhaustive: about 5 patterns" in shown.err and "FFSSSS" in shown.out
     result = json.loads((tmp_path / "result.json").read_text())
     rows = result["rows"]
     assert result["full"] == 2 and {row["method"].split(" ")[0] for row in rows} == {"all", "given", *every}
@@ -61,7 +61,7 @@ def test_search_writes_what_report_draws(
     speed = {"length": 4096, "speed_up": 1.2, "scoring": 1.1}
     (tmp_path / "speed.json").write_text(json.dumps({"rows": {"prefill": [{"length": 4096}, speed]}}))
     main(["indexcache", "report", str(tmp_path)])
-    names = ["overlap", "loss", "patterns", "tasks", "speed"]
+    names = ["overlap-8", "overlap-16", "overlap-32", "loss", "patterns", "tasks", "speed"]
     assert [plot.name for plot in plots_of(tmp_path)] == names
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -86,7 +86,7 @@ def test_a_search_goes_on_and_keeps_to_its_settings(
 
 def test_reading_layers_when_needed_finds_the_same(model: Path, text: Path, tmp_path: Path) -> None:
     search(model, text, tmp_path / "a", "--method", "greedy", "exhaustive")
-    search(model, text, tmp_path / "b", "--method", "greedy", "exhaustive", "--stream", "--memory", "100KB")
+    search(model, text, tmp_path / "b", "--method", "greedy", "exhaustive", "--stream", "--memory", "500KB")
     a, b = ((tmp_path / name / "evaluations.jsonl").read_text().splitlines() for name in "ab")
     assert sorted(a) == sorted(b)
 
@@ -100,6 +100,9 @@ def test_reading_layers_when_needed_finds_the_same(model: Path, text: Path, tmp_
         (["--patterns", "FFXSSS"], "pattern is 'FFXSSS'"),
         (["--length", "4000"], "text holds"),
         (["--memory", "lots"], "memory is 'lots'"),
+        (["--memory", "1KB"], "memory is 1,000 bytes; expected at least"),
+        (["--length", "4"], "length is 4; expected some times the 4 tokens"),
+        (["--blocks", "2", "--method", "beam"], "blocks is 2 with method beam"),
         (["--blocks", "3"], "in 3 blocks"),
     ],
 )
@@ -138,14 +141,55 @@ def test_a_report_needs_something_to_draw(tmp_path: Path, capsys: pytest.Capture
     assert "nothing to draw" in capsys.readouterr().err
 
 
+def test_a_report_bears_half_a_line_and_rows_add_up(model: Path, text: Path, tmp_path: Path) -> None:
+    search(model, text, tmp_path, "--method", "greedy")
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
+        file.write('{"pattern": "FSS')
+    main(["indexcache", "report", str(tmp_path)])
+    search(model, text, tmp_path, "--method", "exhaustive")
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["all"] + ["greedy"] * 5 + ["exhaustive"]
+
+
+def test_other_windows_of_a_text(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search(model, text, tmp_path / "a", "--method", "greedy")
+    search(model, text, tmp_path / "b", "--method", "greedy", "--held-out")
+    a, b = (json.loads((tmp_path / name / "settings.json").read_text())["data"] for name in "ab")
+    assert a != b
+    with pytest.raises(SystemExit, match="2"):
+        main(["indexcache", "gates", "--held-out"])
+    assert "expected another seed" in capsys.readouterr().err
+
+
+def test_shared_layers_own_indexers_can_be_taken_along(text: Path, tmp_path: Path) -> None:
+    """The bundled nano has 4 of 12, and the others beside it; both ways to load find the same."""
+    options = ["--data", str(text), "--length", "128", "--sequences", "2", "--keep", "11", "--method", "greedy"]
+    for name, more in (("a", []), ("b", ["--stream"])):
+        main(["indexcache", "search", str(DEFAULT_MODEL), *options, "--all-full", *more, "--out", str(tmp_path / name)])
+    found = [json.loads((tmp_path / name / "result.json").read_text())["rows"] for name in "ab"]
+    assert found[0] == found[1] and found[0][0]["pattern"] == "F" * 12 and found[0][-1]["full"] == 11
+    with pytest.raises(SystemExit, match="2"):
+        main(["indexcache", "search", "tiny", *options, "--stream"])
+
+
 @pytest.mark.slow
 def test_processes_share_a_search(model: Path, text: Path, tmp_path: Path) -> None:
     """Two processes, an odd number of sequences: every score is the one that one process finds."""
-    search(model, text, tmp_path / "one", "--method", "greedy", "exhaustive")
+    search(model, text, tmp_path / "one", "--method", "greedy", "exhaustive", "similarity", "overlap")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "nanoglm.cli"]
     command += ["indexcache", "search", str(model), "--data", str(text), "--length", "32", "--sequences", "7"]
-    command += ["--keep", "1/3", "--method", "greedy", "exhaustive", "--out", str(tmp_path / "two")]
+    command += [
+        "--keep",
+        "1/3",
+        "--method",
+        "greedy",
+        "exhaustive",
+        "similarity",
+        "overlap",
+        "--out",
+        str(tmp_path / "two"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr

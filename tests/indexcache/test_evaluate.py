@@ -31,7 +31,7 @@ def alone(model: GLM, pattern: str, data: Calibration) -> torch.Tensor:
 
 @given(
     st.sets(st.sampled_from(subsets("F" * LAYERS, 2) + subsets("F" * LAYERS, 3)), min_size=1, max_size=6),
-    st.sampled_from([1 << 30, 60_000, 1]),
+    st.sampled_from([1 << 30, 140_000, 65_280]),
     st.sampled_from([24, 48, 8192]),
 )
 @settings(max_examples=20, deadline=None)

@@ -15,7 +15,7 @@ from pattern_models import sequences, small
 from nanoglm.errors import InputError
 from nanoglm.indexcache.evaluate import Evaluator, Score
 from nanoglm.indexcache.pattern import count_of, flipped, sources, subsets, uniform
-from nanoglm.indexcache.search import Search, best_groups, cost, paired
+from nanoglm.indexcache.search import Search, best_groups, cost, paired, read_scores
 from nanoglm.indexcache.stack import GLMStack
 
 
@@ -98,7 +98,7 @@ def test_pipeline_blocks_begin_with_an_f() -> None:
 def test_a_killed_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     file, weights = tmp_path / "evaluations.jsonl", [0.0, 5.0, 1.0, 4.0, 2.0, 3.0]
     whole = Made("F" * 6, additive(weights))
-    expected = Search(whole, tmp_path / "whole.jsonl").greedy(2)  # type: ignore[arg-type]
+    expected = Search(whole, tmp_path / "whole.jsonl", together=1).greedy(2)  # type: ignore[arg-type]
 
     def dies(pattern: str) -> float:
         if pattern == "FFSFSS":
@@ -107,19 +107,22 @@ def test_a_killed_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     first = Made("F" * 6, dies)
     with pytest.raises(KeyboardInterrupt):
-        Search(first, file).greedy(2)  # type: ignore[arg-type]
+        Search(first, file, together=1).greedy(2)  # type: ignore[arg-type]
     with file.open("a") as out:
         out.write('{"pattern": "FSSSSF", "lo')  # half a line
     second = Made("F" * 6, additive(weights))
-    assert Search(second, file).greedy(2) == expected  # type: ignore[arg-type]
+    assert read_scores(file, 4).keys() < read_scores(tmp_path / "whole.jsonl", 4).keys()
+    known = read_scores(file, 4, cut=True)
+    assert Search(second, file, known=known).greedy(2) == expected  # type: ignore[arg-type]
     lines = [json.loads(line)["pattern"] for line in file.read_text().splitlines()]
     assert len(lines) == len(set(lines)) and set(second.asked).isdisjoint(lines[: len(lines) - len(second.asked)])
     assert 0 < len(second.asked) < len(whole.asked)
     with pytest.raises(InputError, match="of 4 sequences; expected 6"):
-        Search(Made("F" * 6, additive(weights), 6), file)  # type: ignore[arg-type]
+        read_scores(file, 6)
     file.write_text("x\n")
     with pytest.raises(InputError, match="something else"):
-        Search(second, file)  # type: ignore[arg-type]
+        read_scores(file)
+    assert read_scores(tmp_path / "none.jsonl") == {}
 
 
 def test_differences_are_paired_by_sequence() -> None:
@@ -157,12 +160,45 @@ def test_patterns() -> None:
     assert sources("FSSFS") == [0, 0, 0, 3, 3] and flipped("FSF", 1) == "FFF"
     assert len(subsets("F" * 12, 3)) == 55 and len(subsets("F" * 12, 6)) == 462
     assert all(p[0] == "F" for p in subsets("F" * 12, 3)) and subsets("FSFF", 2) == ["FSFS", "FSSF"]
-    assert [count_of(keep, 12) for keep in ("1/4", "1/6", "1/8", "3", "12", "0.5")] == [3, 2, 2, 3, 12, 6]
+    assert [count_of(keep, 12) for keep in ("1/4", "1/6", "1/8", "3", "12", "0.5", "1/1", "1")] == [
+        3,
+        2,
+        2,
+        3,
+        12,
+        6,
+        12,
+        1,
+    ]
     for wrong in ("0", "13", "x", "1/0", "-1/4", "2.5"):
         with pytest.raises(InputError, match="keep is"):
             count_of(wrong, 12)
     with pytest.raises(InputError, match="expected 1 to 3"):
         subsets("FSFF", 4)
+
+
+def test_what_is_known_has_to_be_of_these_weights() -> None:
+    one, other = (Made("FFF", lambda p, more=more: p.count("S") + more) for more in (0.0, 0.5))
+    known = {"FFF": one.scores(["FFF"])["FFF"]}
+    one.asked.clear()
+    Search(one, known=known).begin()  # type: ignore[arg-type]
+    assert one.asked == ["FFF"]  # looked at again
+    with pytest.raises(InputError, match="expected the model that was searched"):
+        Search(other, known=known).begin()  # type: ignore[arg-type]
+
+
+def test_random_patterns_are_drawn_from_models_of_any_depth() -> None:
+    rows = Search(Made("F" * 78, lambda p: 0.0)).random(20)  # type: ignore[arg-type]
+    assert len({row.pattern for row in rows}) == 5 and all(row.full == 20 and row.pattern[0] == "F" for row in rows)
+    assert {row.pattern for row in Search(Made("FSF", lambda p: 0.0)).random(2)} == {"FSF"}  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="exhaustive would evaluate"):
+        Search(Made("F" * 78, lambda p: 0.0)).exhaustive(20)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 13])
+def test_blocks_that_are_none(blocks: int) -> None:
+    with pytest.raises(InputError, match=f"blocks is {blocks}; expected 1 to 12"):
+        Search(Made("F" * 12, lambda p: 0.0)).greedy(3, blocks)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", ["greedy", "exhaustive", "beam", "swap"])
