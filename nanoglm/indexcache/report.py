@@ -20,7 +20,10 @@ from typing import Any
 from nanoglm.errors import InputError
 from nanoglm.indexcache.search import best_by_count, read_scores
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+COLOURS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f", "#e377c2", "#bcbd22",
+    "#aec7e8", "#ffbb78",
+)  # fmt: skip
 SCALE = "Viridis"
 LEAST = 1e-3  # nats, below which a difference is none
 
@@ -206,7 +209,7 @@ def _picture(plot: Plot, file: Path) -> None:
             axes.plot(x, y, marker="o", ms=3 if small else 7, ls="none" if points else "-",
                       label=label, color=colour, zorder=1 if small else 2)  # fmt: skip
     if plot.lines:
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     if plot.log:
         axes.set_yscale("log")
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
