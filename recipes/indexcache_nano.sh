@@ -11,7 +11,7 @@ text=$1 out=$2
 shift 2
 seeds=${SEEDS:-0 1 2 3 4} trained=${AWARE_SEEDS:-0 1 2} here=$(dirname "$0")
 stages=${*:-dense full search aware plain tables}
-tasks="recall 2hop 3hop 4hop" eighth=FSSSSSSSFSSS sequences=64 pretraining="" alone=200 together=250 least=2
+tasks="recall 2hop 3hop 4hop" eighth=FSSSSSSSFSSS sequences=64 pretraining="" alone=200 together=400 least=2
 if [ "${QUICK:-}" ]; then
     seeds=0 trained=0 tasks=recall sequences=16 pretraining="--steps 800 --hops 0" alone=60 together=40 least=3
 fi
