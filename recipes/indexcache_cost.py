@@ -26,9 +26,10 @@ from nanoglm.config import FULL, GLMConfig
 from nanoglm.indexcache.calibration import Calibration
 from nanoglm.indexcache.evaluate import Evaluator, Score
 from nanoglm.indexcache.search import Search
-from nanoglm.indexcache.stack import GLMStack, Layer
+from nanoglm.indexcache.stack import GLMStack
 from nanoglm.memory import peak_memory
 from nanoglm.model import GLM
+from nanoglm.model.block import DecoderLayer
 from nanoglm.train.data import Sample
 from nanoglm.weights import materialise, save
 
@@ -38,7 +39,7 @@ SEARCHED = "searched"  # the child's mode
 class FromDisk(GLMStack):
     """Layers are read anew each time: what a disk's cache kept of them is dropped, as if the model were larger."""
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> DecoderLayer:
         assert self.checkpoint is not None
         found = super().layer(index)
         for file in self.checkpoint.directory.glob("*.safetensors"):

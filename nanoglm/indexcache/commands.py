@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from tyro.conf import Positional, subcommand
 from nanoglm.api import Model, checkpoint_directory, load
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.errors import InputError
+from nanoglm.eval.perplexity import all_full as all_full_of
 from nanoglm.indexcache.apply import apply, launch_lines
 from nanoglm.indexcache.calibration import HOPS, Calibration, of_tasks, of_text
 from nanoglm.indexcache.evaluate import Evaluator, Score, check
@@ -33,22 +34,65 @@ from nanoglm.indexcache.search import Method, Row, Search, cost, read_scores
 from nanoglm.indexcache.stack import GLMStack
 from nanoglm.memory import parse_bytes
 from nanoglm.tasks import VOCABULARY
-from nanoglm.weights import Checkpoint
+from nanoglm.weights import SHARED_INDEXERS
 
 SETTINGS, EVALUATIONS, RESULT, OVERLAP = "settings.json", "evaluations.jsonl", "result.json", "overlap.json"
 DEFAULT = str(Path(__file__).parents[1] / "assets" / "indexcache")  # recipes/indexcache.py trained it
 ModelName = Annotated[str, tyro.conf.Positional]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The sequences on which models are compared.
+
+    Attributes:
+        data: A UTF-8 text, of which windows are taken.
+        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
+            neither is given, recall 2hop 3hop 4hop.
+        length: Tokens of a sequence, some times k.
+        sequences: How many.
+        seed: Of the tasks' sequences and of patterns that are drawn.
+        held_out: The text's other windows: none overlaps those that are taken without it.
+    """
+
+    data: Path | None = None
+    tasks: tuple[str, ...] = ()
+    length: int = 512
+    sequences: int = 64
+    seed: int = 0
+    held_out: bool = False
+
+    def of(self, model: Model) -> Calibration:
+        """The sequences in the model's tokens.
+
+        Raises:
+            InputError: both a text and tasks, tasks for a model with another vocabulary than theirs, no such text;
+                other windows of tasks, which another seed gives.
+        """
+        length, sequences = self.length, self.sequences
+        if self.data is not None and self.tasks:
+            raise InputError("data and tasks are both given; expected one of them")
+        if min(length, sequences) < 2:
+            raise InputError(f"length is {length} and sequences {sequences}; expected at least 2")
+        size = model.config.vocab_size
+        if self.data is None:
+            if self.held_out:
+                raise InputError("held_out is given without data; expected another seed for other sequences of tasks")
+            if size != VOCABULARY:
+                raise InputError(f"model has vocabulary {size}; expected the tasks' {VOCABULARY}, or --data TEXT")
+            return of_tasks(self.tasks or ("recall", *HOPS), length, sequences, self.seed)
+        try:
+            text = self.data.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"data {self.data} cannot be read as UTF-8: {error}") from None
+        tokenizer = model.tokenizer if model.has_tokenizer or size != VOCABULARY else byte_tokenizer()
+        return of_text(np.array(tokenizer.encode(text)), length, sequences, skip=int(self.held_out))
+
+
 def overlap_(
     model: ModelName = DEFAULT,
     /,
-    data: Path | None = None,
-    tasks: tuple[str, ...] = (),
-    length: int = 512,
-    sequences: int = 64,
-    seed: int = 0,
-    held_out: bool = False,
+    scored: Annotated[Scored, tyro.conf.arg(name="")] = Scored(),  # noqa: B008
     all_full: bool = False,
     out: Path | None = None,
 ) -> None:
@@ -56,19 +100,13 @@ def overlap_(
 
     Args:
         model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
-        data: A UTF-8 text.
-        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
-            neither is given, recall 2hop 3hop 4hop.
-        length: Tokens of a sequence.
-        sequences: How many.
-        seed: Of the tasks' sequences.
-        held_out: The text's other windows: none overlaps those that are taken without it.
+        scored: The sequences.
         all_full: With indexers in every layer, those of Shared layers from the file that training left beside.
         out: A folder for the figures, which nanoglm indexcache report draws.
     """
     loaded = _loaded(model, all_full)
     stack = GLMStack(loaded.module)
-    bands = overlap(stack, sequences_of(loaded, data, tasks, length, sequences, seed, held_out))
+    bands = overlap(stack, scored.of(loaded))
     table = Table("positions", "queries", "chance", "neighbours", "all pairs", "least", "corrected: neighbours", "all")
     n = len(stack.pattern)
     off = ~torch.eye(n, dtype=torch.bool)
@@ -89,12 +127,7 @@ def overlap_(
 def gates_(
     model: ModelName = DEFAULT,
     /,
-    data: Path | None = None,
-    tasks: tuple[str, ...] = (),
-    length: int = 512,
-    sequences: int = 64,
-    seed: int = 0,
-    held_out: bool = False,
+    scored: Annotated[Scored, tyro.conf.arg(name="")] = Scored(),  # noqa: B008
     all_full: bool = False,
 ) -> None:
     """Whether a model can tell patterns apart: what it selects has to matter, or a search means nothing.
@@ -103,17 +136,11 @@ def gates_(
 
     Args:
         model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
-        data: A UTF-8 text.
-        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
-            neither is given, recall 2hop 3hop 4hop.
-        length: Tokens of a sequence, some times k.
-        sequences: How many.
-        seed: Of the tasks' sequences.
-        held_out: The text's other windows: none overlaps those that are taken without it.
+        scored: The sequences.
         all_full: With indexers in every layer, those of Shared layers from the file that training left beside.
     """
     loaded = _loaded(model, all_full)
-    stack, found = GLMStack(loaded.module), sequences_of(loaded, data, tasks, length, sequences, seed, held_out)
+    stack, found = GLMStack(loaded.module), scored.of(loaded)
     rows = gates(stack, found)
     table = Table("", "gate", "value", "expected")
     for row in rows:
@@ -128,14 +155,9 @@ def search(
     /,
     keep: str = "1/4",
     method: tuple[Method, ...] = ("greedy", "uniform"),
-    data: Path | None = None,
-    tasks: tuple[str, ...] = (),
-    length: int = 512,
-    sequences: int = 64,
+    scored: Annotated[Scored, tyro.conf.arg(name="")] = Scored(),  # noqa: B008
     patterns: tuple[str, ...] = (),
     blocks: int = 1,
-    seed: int = 0,
-    held_out: bool = False,
     all_full: bool = False,
     stream: bool = False,
     memory: str = "1GB",
@@ -148,15 +170,9 @@ def search(
         model: A checkpoint directory; the twelve-layer one that comes with nanoglm if left out.
         keep: How many indexers stay, as a share of the layers or a number. greedy passes every number above it.
         method: greedy, swap, beam, exhaustive, uniform, random, similarity, overlap; one or several.
-        data: A UTF-8 text, of which windows are taken.
-        tasks: Instead of a text, tasks of long context (nanoglm/tasks.py), 2hop to 4hop chains of one length; if
-            neither is given, recall 2hop 3hop 4hop.
-        length: Tokens of a sequence.
-        sequences: How many.
+        scored: The sequences.
         patterns: These beside those that are found, F and S.
         blocks: Stages of a pipeline, each of which is to begin with an F; greedy alone keeps to them.
-        seed: Of the tasks' sequences and of random patterns.
-        held_out: The text's other windows: none overlaps those that are taken without it.
         all_full: With indexers in every layer, those of Shared layers from the file that training left beside.
         stream: Read each layer from the checkpoint when it is needed, for a model larger than memory.
         memory: What the states between two layers may take, such as 8GB.
@@ -169,14 +185,14 @@ def search(
         weights = torch.float32 if dtype == "float32" else torch.bfloat16
         loaded = _loaded(model, all_full, weights, stream)
         stack = GLMStack.streamed(model, weights, all_full) if stream else GLMStack(loaded.module, dtype=weights)
-        found = sequences_of(loaded, data, tasks, length, sequences, seed, held_out)
-        if length <= (topk := stack.model.config.index_topk):
-            raise InputError(f"length is {length}; expected some times the {topk} tokens that each selects")
+        found = scored.of(loaded)
+        if scored.length <= (topk := stack.model.config.index_topk):
+            raise InputError(f"length is {scored.length}; expected some times the {topk} tokens that each selects")
         full, first = count_of(keep, len(stack.pattern)), ranks is None or ranks.first
         for each in patterns:
             check(each, stack.pattern)
         settings = {
-            "model": Path(model).name, "pattern": stack.pattern, "sequences": len(found), "length": length,
+            "model": Path(model).name, "pattern": stack.pattern, "sequences": len(found), "length": scored.length,
             "data": found.digest, "dtype": dtype, "topk": topk,
         }  # fmt: skip
 
@@ -208,7 +224,7 @@ def search(
                 count, lasts = cost(name, full, run.own, seconds)
                 console.print(f"{name}: about {count:,} patterns, at most {lasts / 60:.1f} min", highlight=False)
                 bar.update(task, description=name, total=run.evaluated + count)
-                rows += (these := by(run, name, full, blocks=blocks, seed=seed))
+                rows += (these := by(run, name, full, blocks=blocks, seed=scored.seed))
                 if not these:
                     console.print(f"{name}: no definition fits {run.own}, which lacks indexers", highlight=False)
                 if first and out is not None:  # after each: the next may be cut off
@@ -343,35 +359,6 @@ Verb = (
 )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------- data
-def sequences_of(
-    model: Model, data: Path | None, tasks: tuple[str, ...], length: int, sequences: int, seed: int, held_out: bool
-) -> Calibration:  # fmt: skip
-    """The sequences that the options name.
-
-    Raises:
-        InputError: both a text and tasks, tasks for a model with another vocabulary than theirs, no such text; other
-            windows of tasks, which another seed gives.
-    """
-    if data is not None and tasks:
-        raise InputError("data and tasks are both given; expected one of them")
-    if min(length, sequences) < 2:
-        raise InputError(f"length is {length} and sequences {sequences}; expected at least 2")
-    if data is None and held_out:
-        raise InputError("held_out is given without data; expected another seed for other sequences of tasks")
-    if data is None:
-        size = model.config.vocab_size
-        if size != VOCABULARY:
-            raise InputError(f"model has vocabulary {size}; expected the tasks' {VOCABULARY}, or --data TEXT")
-        return of_tasks(tasks or ("recall", *HOPS), length, sequences, seed)
-    try:
-        text = data.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data {data} cannot be read as UTF-8: {error}") from None
-    tokenizer = model.tokenizer if model.has_tokenizer or model.config.vocab_size != VOCABULARY else byte_tokenizer()
-    return of_text(np.array(tokenizer.encode(text)), length, sequences, skip=int(held_out))
-
-
 def _loaded(model: str, all_full: bool, dtype: torch.dtype = torch.float32, meta: bool = False) -> Model:
     """The model, on request with the Shared layers' own indexers; on meta without weights."""
     directory = checkpoint_directory(model)
@@ -379,9 +366,10 @@ def _loaded(model: str, all_full: bool, dtype: torch.dtype = torch.float32, meta
         raise InputError(f"model is {model}; expected a checkpoint directory, which layers and indexers are read from")
     if directory is None or not all_full or meta:
         return load(model, dtype=dtype, device="meta" if meta else "cpu")
-    tokenizer = load(directory, device="meta")
-    module, _ = Checkpoint(directory, all_full=True).load(dtype=dtype)
-    return Model(module, tokenizer.tokenizer if tokenizer.has_tokenizer else None)
+    full, own = all_full_of(directory, dtype=dtype), load(directory, device="meta")
+    if full is None:
+        raise InputError(f"model {model} has no {SHARED_INDEXERS}; expected the file that training on text leaves")
+    return Model(full.module, own.tokenizer if own.has_tokenizer else None)
 
 
 def _bytes(memory: str) -> int:

@@ -116,13 +116,10 @@ def similarity(stack: GLMStack, data: Calibration) -> Tensor:
         chosen: list[Tensor] = []
         for i in range(n):
             layer = stack.layer(i)
-            normed_TD = layer.input_layernorm(x_TD)  # type: ignore[attr-defined]
-            outputs = [
-                layer.self_attn(normed_TD, replace(step, replay=True, store=BatchStore()), s)[0]  # type: ignore[attr-defined]
-                for s in chosen
-            ]
+            normed_TD = layer.input_layernorm(x_TD)
+            outputs = [layer.self_attn(normed_TD, replace(step, replay=True, store=BatchStore()), s)[0] for s in chosen]
             received = chosen[-1] if stack.pattern[i] == "S" else None
-            own_TD, selection = layer.self_attn(  # type: ignore[attr-defined]
+            own_TD, selection = layer.self_attn(
                 normed_TD, replace(step, replay=received is not None, store=BatchStore()), received
             )
             for j, output_TD in enumerate(outputs):

@@ -10,6 +10,7 @@ Shape legend: L tokens of a sequence, T of the batch, D width, H heads, A head d
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -88,10 +89,15 @@ class Transformer(nn.Module):
         self.embed_tokens.weight += shared
         return self
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their type."""
+        return cast(list[Block], list(self.layers))
+
     def selecting(self, select: Select | None, topk: int = 0) -> Transformer:
         """The same model, whose layers choose ``topk`` so; without ``select`` they attend to all. Returns self."""
-        for block in self.layers:
-            block.select = select  # type: ignore[assignment]
+        for block in self.blocks:
+            block.select = select
         self.width = 4 * self.embed_tokens.embedding_dim + 4 * topk
         return self
 
@@ -108,7 +114,7 @@ class Transformer(nn.Module):
         return self.embed_tokens(ids_T), step
 
     def layer(self, index: int) -> Layer:
-        return self.layers[index]
+        return self.blocks[index]
 
     def logits(self, x_TD: Tensor) -> Tensor:
         return F.linear(self.norm(x_TD), self.embed_tokens.weight)

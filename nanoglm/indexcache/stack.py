@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoglm.model import GLM, BatchStore
+from nanoglm.model.block import DecoderLayer
 from nanoglm.model.step import Pass
 from nanoglm.ops import Batch
 from nanoglm.weights import Checkpoint
@@ -74,7 +75,7 @@ class GLMStack:
         step = Pass(batch, self.model.rotary(batch.turns), BatchStore())
         return self.model.model.embed_tokens(ids_T), step
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> DecoderLayer:
         if self.checkpoint is None:
             return self.model.layers[index]
         self.layers_read += 1

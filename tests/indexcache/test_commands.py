@@ -15,6 +15,7 @@ from pattern_models import small
 from nanoglm.api import DEFAULT_MODEL, Model
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.cli import main
+from nanoglm.indexcache.commands import DEFAULT
 from nanoglm.indexcache.report import plots_of
 from nanoglm.model import GLM
 
@@ -161,7 +162,9 @@ def test_other_windows_of_a_text(model: Path, text: Path, tmp_path: Path, capsys
     assert "expected another seed" in capsys.readouterr().err
 
 
-def test_shared_layers_own_indexers_can_be_taken_along(text: Path, tmp_path: Path) -> None:
+def test_shared_layers_own_indexers_can_be_taken_along(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The bundled nano has 4 of 12, and the others beside it; both ways to load find the same."""
     options = ["--data", str(text), "--length", "128", "--sequences", "2", "--keep", "11", "--method", "greedy"]
     for name, more in (("a", []), ("b", ["--stream"])):
@@ -170,6 +173,9 @@ def test_shared_layers_own_indexers_can_be_taken_along(text: Path, tmp_path: Pat
     assert found[0] == found[1] and found[0][0]["pattern"] == "F" * 12 and found[0][-1]["full"] == 11
     with pytest.raises(SystemExit, match="2"):
         main(["indexcache", "search", "tiny", *options, "--stream"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["indexcache", "overlap", DEFAULT, "--all-full"])
+    assert "has no shared_indexers.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,8 +49,7 @@ def test_hops_show_what_single_facts_do_not(stack: GLMStack) -> None:
 def test_transformers_loads_it_with_a_pattern(tmp_path: Path) -> None:
     """What apply writes of trained weights, read by both: the same logits on a sequence sixteen times k long."""
     apply(Path(DEFAULT), "FFFSFSSSSFSS", tmp_path / "out")
-    rng = __import__("numpy").random.default_rng(0)
-    ids = torch.from_numpy(draw("multihop", 512, rng, facts=16).ids)
+    ids = torch.from_numpy(draw("multihop", 512, np.random.default_rng(0), facts=16).ids)
     with silent():
         theirs = hf.GlmMoeDsaForCausalLM.from_pretrained(
             tmp_path / "out", attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
