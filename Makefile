@@ -4,6 +4,8 @@
 #   make demo      stream a continuation from the bundled model
 #   make test      checks and the quick tests    make test-all  also the slow ones
 #   make lint      checks alone                  make venv      the environment alone
+#   make gpu       a GPU's tests and benchmarks, figures into GPU_OUT; with GPU_PYTHON=INTERPRETER in an
+#                  environment of your own that has PyTorch for your card, Triton, pytest and hypothesis
 # Settings: VENV=DIR (default .venv), PYTHON=INTERPRETER (default python3.11, else python3).
 
 VENV ?= .venv
@@ -20,7 +22,7 @@ DEV := $(VENV)/.dev-installed
 # Two pytest workers: more threads in each would only fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all lint venv
+.PHONY: demo test test-all lint venv gpu
 .DEFAULT_GOAL := demo
 
 demo: $(CORE)
@@ -31,6 +33,13 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "not gpu"
+
+GPU_PYTHON ?= $(BIN)/python
+GPU_OUT ?= gpu.json
+
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(DEV))
+	$(GPU_PYTHON) -m pytest -m gpu -q tests/gpu tests/ops/triton
+	$(GPU_PYTHON) -m nanoglm.bench.gpu $(GPU_OUT)
 
 lint: $(DEV)
 	$(BIN)/ruff check --quiet .

@@ -6,7 +6,7 @@ import torch
 
 from nanoglm.cache import PAGE, PagedCache
 from nanoglm.config import FULL, SHARED, GLMConfig
-from nanoglm.engine.generate import prefill
+from nanoglm.engine.generate import PREFILL_CHUNK, prefill
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
 from nanoglm.weights import materialise
@@ -44,18 +44,19 @@ class Subject:
         tokens: int,
         dtype: torch.dtype = torch.bfloat16,
         index_dtype: torch.dtype | None = None,
+        device: str = "cpu",
     ) -> None:
         self.config, self.dtype = config, dtype
         with torch.device("meta"):
             self.model = GLM(config)
-        materialise(self.model, dtype, "cpu")
+        materialise(self.model, dtype, device)
         self.model.initialise(0).eval()
-        self.cache = PagedCache(config, -(-tokens // PAGE), dtype=dtype, index_dtype=index_dtype)
+        self.cache = PagedCache(config, -(-tokens // PAGE), dtype=dtype, index_dtype=index_dtype, device=device)
         self.request = self.cache.open()
 
-    def feed(self, ids: list[int]) -> None:
+    def feed(self, ids: list[int], chunk: int = PREFILL_CHUNK) -> None:
         """Runs ids behind what the cache holds, in chunks, up to the last one's logits."""
-        prefill(self.model, self.cache, self.request, ids)
+        prefill(self.model, self.cache, self.request, ids, chunk)
 
     def reset(self, length: int = 0) -> None:
         """Forgets all but the first ``length`` tokens."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanoglm.cache import PagedCache
+from nanoglm.engine.graphs import Graphs
 from nanoglm.engine.request import Request
 from nanoglm.engine.scheduler import Work
 from nanoglm.engine.speculative import propose
@@ -28,6 +29,7 @@ class Runner:
     def __init__(self, model: GLM, cache: PagedCache, drafting: bool) -> None:
         self.model, self.cache, self.drafting = model, cache, drafting
         self.device = model.lm_head.weight.device
+        self.graphs = Graphs(model, cache) if self.device.type == "cuda" else None
         self.pairs = 0  # (query, key) that one decoder layer saw
 
     def run(self, works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:
@@ -47,7 +49,9 @@ class Runner:
         asked = [asked_rows(work) for work in works]
         tail = None if self.drafting else asked
         packed = torch.tensor(ids, device=self.device)
-        hidden = self.model(packed, batch, self.cache, tail=tail, keep_selections=False).hidden
+        hidden = self.graphs.run(packed, batch) if self.graphs and asked == counts else None
+        if hidden is None:
+            hidden = self.model(packed, batch, self.cache, tail=tail, keep_selections=False).hidden
         rows = hidden
         if self.drafting:
             parts = hidden.split(counts)

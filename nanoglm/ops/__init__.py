@@ -10,7 +10,10 @@ Pure ops return new tensors and alias no input. :func:`cache_append` and :func:`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +32,33 @@ __all__ = [
     "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise", "rms_norm",
     "rotate", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
 ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ GPUs
+@cache
+def _triton() -> ModuleType | None:
+    """The kernels for CUDA and ROCm; None where Triton is not installed. Nothing imports it before it is needed."""
+    try:
+        return import_module("nanoglm.ops.triton.dispatch")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
+def _gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """An op on such a device: the kernel of that name, else its plain version."""
+
+    def run(*arguments: Any) -> Any:
+        kernels = _triton()
+        return (getattr(kernels, name) if kernels else plain)(*arguments)
+
+    return run
+
+
+def _gpu_rows(*tensors: Tensor) -> Any:
+    """The kernels for rows by themselves, where these tensors have some."""
+    return kernels.direct(*tensors) if tensors[0].is_cuda and (kernels := _triton()) else None
 
 
 # ------------------------------------------------------------------------------ rows by themselves
@@ -53,19 +83,22 @@ def headwise(x: Tensor, weight: Tensor) -> Tensor:
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """SwiGLU, (silu(x gateᵀ) * (x upᵀ)) downᵀ: x [T, D], gate and up [W, D], down [D, W] -> [T, D]."""
-    lib = cpu.direct(x, gate, up, down)
-    return lib.mlp(x, gate, up, down) if lib else linear(silu(linear(x, gate)) * linear(x, up), down)
+    if lib := cpu.direct(x, gate, up, down):
+        return lib.mlp(x, gate, up, down)
+    if rows := _gpu_rows(x, gate, up, down):
+        return linear(rows.swiglu(linear(x, gate), linear(x, up)), down)
+    return linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w * x / sqrt(mean(x²) + eps) over the last of two dims, in fp32, cast once (architecture spec 2.2)."""
-    lib = cpu.direct(x, weight)
+    lib = cpu.direct(x, weight) or _gpu_rows(x, weight)
     return lib.rms_norm(x, weight, eps) if lib else torch_tiled.rms_norm(x, weight, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Interleaved RoPE in fp32, in place of its pair: x [T, R] or [T, H, R], cos and sin fp32 [T, R / 2]."""
-    lib = cpu.direct(x)
+    lib = cpu.direct(x) or _gpu_rows(x)
     return lib.rotate(x, cos, sin) if lib else torch_tiled.rotate(x, cos, sin)
 
 
@@ -79,18 +112,19 @@ def top(scores: Tensor, k: int) -> Tensor:
 @torch.library.custom_op("nanoglm::select", mutates_args=())
 def _select(
     q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int,
-    borders: Sequence[int], lengths: Sequence[int], k: int,
+    borders: Sequence[int], lengths: Sequence[int], k: int, requests: Tensor, positions: Tensor,
 ) -> Tensor:  # fmt: skip
     return torch_tiled.select(q, weights, keys.flatten(0, -2), table, page_size, borders, lengths, k)
 
 
-_select.register_kernel("cpu")(cpu.select)
+_select.register_kernel("cpu")(lambda *arguments: cpu.select(*arguments[:8]))
+_select.register_kernel("cuda")(_gpu("select", lambda *arguments: torch_tiled.select(*arguments[:8])))
 
 
 @_select.register_fake
 def _(
     q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int,
-    borders: Sequence[int], lengths: Sequence[int], k: int,
+    borders: Sequence[int], lengths: Sequence[int], k: int, requests: Tensor, positions: Tensor,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape[0], k, dtype=torch.int32)
 
@@ -107,8 +141,8 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int) -> Te
         int32 [T, k], logical positions ascending, -1 after the valid ones. No gradient.
     """
     q, weights, keys = q.detach(), weights.detach(), keys.detach()
-    run = cpu.select if cpu.direct(q) else _select
-    return run(q, weights, keys, batch.table, batch.page_size, batch.borders, batch.lengths, k)
+    arguments = q, weights, keys, batch.table, batch.page_size, batch.borders, batch.lengths, k
+    return cpu.select(*arguments) if cpu.direct(q) else _select(*arguments, batch.requests, batch.positions)
 
 
 # ------------------------------------------------------------------------------ attention
@@ -121,6 +155,7 @@ def _sparse_attention(
 
 
 _sparse_attention.register_kernel("cpu")(cpu.sparse_attention)
+_sparse_attention.register_kernel("cuda")(_gpu("sparse_attention", torch_tiled.sparse_attention))
 
 
 @_sparse_attention.register_fake
@@ -139,6 +174,9 @@ def _sparse_attention_backward(
 
 
 _sparse_attention_backward.register_kernel("cpu")(cpu.sparse_attention_backward)
+_sparse_attention_backward.register_kernel("cuda")(
+    _gpu("sparse_attention_backward", torch_tiled.sparse_attention_backward)
+)
 
 
 @_sparse_attention_backward.register_fake
@@ -186,6 +224,7 @@ def _indexer_kl(
 
 
 _indexer_kl.register_kernel("cpu")(cpu.indexer_kl)
+_indexer_kl.register_kernel("cuda")(_gpu("indexer_kl", kl.indexer_kl))
 
 
 @_indexer_kl.register_fake
@@ -213,6 +252,7 @@ def _experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Ten
 
 
 _experts.register_kernel("cpu")(cpu.experts)
+_experts.register_kernel("cuda")(_gpu("experts", torch_tiled.experts))
 
 
 @_experts.register_fake
@@ -225,6 +265,9 @@ def _experts_backward(
     grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch_tiled.experts_backward(grad, x, ids, weights, gate_up, down)
+
+
+_experts_backward.register_kernel("cuda")(_gpu("experts_backward", torch_tiled.experts_backward))
 
 
 @_experts_backward.register_fake

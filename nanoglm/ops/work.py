@@ -6,7 +6,7 @@ The tally observes; it changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,3 +39,11 @@ def count_work() -> Iterator[Work]:
 def tally() -> Work | None:
     """The running tally, or None when nobody counts."""
     return _tally.get()
+
+
+def tally_pairs(borders: Sequence[int], lengths: Sequence[int]) -> None:
+    """Counts the visible pairs of a batch, if somebody counts."""
+    if work := tally():
+        for b, length in enumerate(lengths):
+            rows = borders[b + 1] - borders[b]
+            work.pairs_scored += rows * length - rows * (rows - 1) // 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nanoglm.cache import PAGE
-from nanoglm.ops import Batch
+from nanoglm.ops import Batch, reference
+from nanoglm.ops.batch import storage_rows
 
 
 @st.composite
@@ -21,3 +23,30 @@ def batches(draw: st.DrawFn, longest: int = 150) -> tuple[Batch, int]:
     pages = torch.randperm(wide * len(counts) + 2)[: wide * len(counts)]  # shuffled, with holes
     table = pages.view(len(counts), wide).int()
     return Batch.build(counts, lengths, table, PAGE), (wide * len(counts) + 2) * PAGE
+
+
+def draw_keys(kind: str, rows: int, heads: int, dim: int, batch: Batch, storage: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, weights, keys of one nature of scores."""
+    q, weights, keys = torch.randn(rows, heads, dim), torch.randn(rows, heads), torch.randn(storage, dim)
+    if kind == "ties":  # small integers: sums are exact, many scores are equal, most of those zero
+        q, weights, keys = q.round(), weights.round(), keys.round()
+    if kind in ("equal", "rising"):
+        q, weights = q.abs().round() + 1, weights.abs().round() + 1
+        keys = torch.ones(storage, dim)
+    if kind == "rising":  # by logical position, up to 255 and from 0 again
+        for request, length in enumerate(batch.lengths):
+            at = torch.arange(length)
+            slots = storage_rows(at, torch.full_like(at, request), batch.table, batch.page_size)
+            keys[slots] = (at[:, None] + 1).float().expand(-1, dim) % 256  # exact in bf16
+    return q, weights, keys
+
+
+def equal_but_at_the_boundary(found: Tensor, expected: Tensor, q: Tensor, weights: Tensor, keys: Tensor, batch: Batch):
+    """Rows differ only in keys whose scores are a rounding apart."""
+    for row in (found != expected).any(-1).nonzero().flatten().tolist():
+        a, b = ({int(s) for s in chosen[row] if s >= 0} for chosen in (found, expected))
+        visible = reference._visible_rows(row, batch)
+        pairs = (q[row] @ keys[visible].T).relu()
+        scores = weights[row] @ pairs
+        gap = abs(min(scores[list(a - b)]) - min(scores[list(b - a)]))
+        assert len(a) == len(b) and gap < 1e-5 * (weights[row].abs() @ pairs).max()  # heads may cancel

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.drawing import batches
+from ops.drawing import batches, draw_keys, equal_but_at_the_boundary
 from torch import Tensor
 
 from nanoglm import ops
@@ -30,22 +30,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     library = cpu.library(request.param)
     with patch.object(cpu, "best", lambda: library):
         yield request.param
-
-
-def draw_keys(kind: str, rows: int, heads: int, dim: int, batch: Batch, storage: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, weights, keys of one nature of scores."""
-    q, weights, keys = torch.randn(rows, heads, dim), torch.randn(rows, heads), torch.randn(storage, dim)
-    if kind == "ties":  # small integers: sums are exact, many scores are equal, most of those zero
-        q, weights, keys = q.round(), weights.round(), keys.round()
-    if kind in ("equal", "rising"):
-        q, weights = q.abs().round() + 1, weights.abs().round() + 1
-        keys = torch.ones(storage, dim)
-    if kind == "rising":  # by logical position, up to 255 and from 0 again
-        for request, length in enumerate(batch.lengths):
-            at = torch.arange(length)
-            slots = ops.batch.storage_rows(at, torch.full_like(at, request), batch.table, batch.page_size)
-            keys[slots] = (at[:, None] + 1).float().expand(-1, dim) % 256  # exact in bf16
-    return q, weights, keys
 
 
 @drawn
@@ -141,17 +125,6 @@ def test_append_equals_indexing(isa, count, dim, dtype, seed):
             cpu.append_packed(pool, keys, slots)
         found.append(pool.view(torch.uint8))
     assert torch.equal(*found)
-
-
-def equal_but_at_the_boundary(found: Tensor, expected: Tensor, q: Tensor, weights: Tensor, keys: Tensor, batch: Batch):
-    """Rows differ only in keys whose scores are a rounding apart."""
-    for row in (found != expected).any(-1).nonzero().flatten().tolist():
-        a, b = ({int(s) for s in chosen[row] if s >= 0} for chosen in (found, expected))
-        visible = reference._visible_rows(row, batch)
-        pairs = (q[row] @ keys[visible].T).relu()
-        scores = weights[row] @ pairs
-        gap = abs(min(scores[list(a - b)]) - min(scores[list(b - a)]))
-        assert len(a) == len(b) and gap < 1e-5 * (weights[row].abs() @ pairs).max()  # heads may cancel
 
 
 @drawn

@@ -177,7 +177,7 @@ def test_registered_with_torch_library() -> None:
     torch.manual_seed(0)
     batch = Batch.contiguous([20])
     q, w, keys = torch.randn(20, 2, 4), torch.randn(20, 2), torch.randn(20, 4)
-    args = q, w, keys, batch.table, 1, batch.borders, batch.lengths, 6
+    args = q, w, keys, batch.table, 1, batch.borders, batch.lengths, 6, batch.requests, batch.positions
     torch.library.opcheck(torch.ops.nanoglm.select.default, args)
     selection = ops.select(q, w, keys, batch, 6)
     leaves = [torch.randn(*s).requires_grad_() for s in ((20, 2, 5), (20, 2, 4), (20, 5), (20, 4))]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanoglm.ops import kl, torch_tiled
 from nanoglm.ops.batch import storage_rows
-from nanoglm.ops.work import tally
+from nanoglm.ops.work import tally, tally_pairs
 
 SETS = ("avx512", "avx2", "portable")  # best first
 FOLDER = Path(__file__).parent  # of the libraries
@@ -349,7 +349,7 @@ def select(
     """As :func:`nanoglm.ops.select`. A packed pool is read as it lies, rows of keys are packed first."""
     lib = best()
     if lib is not None and keys.ndim > 3:
-        _tally_pairs(borders, lengths)
+        tally_pairs(borders, lengths)
         q = q if keys.dtype == torch.uint8 else q.to(keys.dtype)
         return lib.select(q, weights, keys, table, borders, lengths, k)
     if keys.dtype == torch.uint8:
@@ -358,7 +358,7 @@ def select(
     keys = keys.flatten(0, -2)
     if lib is None or keys.dtype not in DTYPES or q.dtype != keys.dtype:
         return torch_tiled.select(q, weights, keys, table, page_size, borders, lengths, k)
-    _tally_pairs(borders, lengths)
+    tally_pairs(borders, lengths)
     packed, blocks, first = [], [], 0
     for b, length in enumerate(lengths):
         at = torch.arange(length)
@@ -420,14 +420,6 @@ def experts_int8(
     """As :func:`nanoglm.ops.experts_int8`."""
     run = torch_tiled.experts_int8 if (lib := best()) is None else lib.experts_int8
     return run(x, ids, weights, gate_up, gate_up_scale, down, down_scale)
-
-
-def _tally_pairs(borders: Sequence[int], lengths: Sequence[int]) -> None:
-    """Counts the visible pairs of a batch, if somebody counts."""
-    if work := tally():
-        for b, length in enumerate(lengths):
-            rows = borders[b + 1] - borders[b]
-            work.pairs_scored += rows * length - rows * (rows - 1) // 2
 
 
 def _whole(x: Tensor) -> Tensor:

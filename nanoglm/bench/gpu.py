@@ -1,0 +1,415 @@
+"""``nanoglm bench gpu``: each op on a GPU as a share of the card's limit; layers, a million tokens and training.
+
+Also ``python -m nanoglm.bench.gpu FILE``, which needs no command line's libraries. A limit is the longer of the time
+that an op's operations take at the rate of a large bf16 product and the time its bytes take at the rate of a large
+copy, both measured beside it. Bytes of a gather count every selected row, cached or not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoglm import ops
+from nanoglm.bench.ops import FLOPS, difference
+from nanoglm.bench.result import Result, Row
+from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, random_ids, with_pattern
+from nanoglm.bench.timing import Progress, Sample, check_rounds, seconds_of
+from nanoglm.cache import PAGE
+from nanoglm.config import GLMConfig
+from nanoglm.errors import InputError
+from nanoglm.model import GLM, Attention
+from nanoglm.ops import Batch, torch_tiled
+from nanoglm.train.data import Sample as Tokens
+from nanoglm.train.objective import backward
+from nanoglm.train.recipe import Recipe, long
+
+LENGTH = 131_072  # keys that the ops see
+CHUNK = 8192  # rows of a prefill's pass
+Run = Callable[[], Any]
+
+
+class Op(NamedTuple):
+    """Something to time. flops, bytes: what it must do at least. peer: the same by other means."""
+
+    name: str
+    run: Run
+    flops: float
+    bytes: float
+    peer: Run | None = None
+    peer_name: str = ""
+
+
+def bench_gpu(
+    rounds: int = 5, shrink: int = 1, progress: Progress = lambda what, share: None, device: str = "cuda"
+) -> Result:  # fmt: skip
+    """All of it on the first GPU, in under ten minutes on an H100.
+
+    Args:
+        rounds: at least 3. shrink: divides lengths; figures are then of no use but come fast. device: "cpu" runs the
+            CPU's ops, to see that all of it runs.
+
+    Raises:
+        InputError: no GPU, or too few rounds.
+    """
+    check_rounds(rounds)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no GPU is to be seen; expected one that PyTorch can use")
+    torch.manual_seed(0)
+    result = Result("gpu", rounds)
+    if device == "cuda":
+        result.machine |= {"gpu": torch.cuda.get_device_name(), "runtime": torch.version.cuda or torch.version.hip}
+    length = LENGTH // shrink
+    with torch.device(device), torch.no_grad():
+        ceilings, limits = measure_ceilings(rounds, shrink)
+        result.rows["ceilings"] = ceilings
+        rows = result.rows["ops"] = []
+        for part in (indexers, attentions, experts, gradients):
+            for op in part(length, shrink):
+                progress(op.name, 0.0)
+                try:
+                    rows.append(row_of(op, rounds, limits))
+                except torch.OutOfMemoryError:
+                    result.notes.append(f"{op.name}: more memory than the card has")
+                torch.cuda.empty_cache()
+    for table, run in (("prefill", stack), ("run", million), ("step", training)):
+        progress(run.__name__, 0.5)
+        try:
+            result.rows[table] = run(rounds, shrink, device)
+        except torch.OutOfMemoryError:
+            result.notes.append(f"{run.__name__}: more memory than the card has")
+        torch.cuda.empty_cache()
+    return result
+
+
+# ------------------------------------------------------------------------------- timing
+def timed(run: Run, rounds: int, least: float = 4.0) -> Sample:
+    """Seconds of one call: median, fastest, slowest of the rounds, by the device's own clock.
+
+    A call that can be captured is replayed as a graph, so that launches by Python are not what is measured.
+    """
+    for _ in range(2):
+        run()
+    call = captured(run)
+    repeats = max(1, round(least / max(elapsed(call, 1), 1e-3)))
+    return Sample.of([elapsed(call, repeats) / repeats / 1e3 for _ in range(rounds)])
+
+
+def captured(run: Run) -> Run:
+    """A replay of the call, or the call itself where it waits for the device in between."""
+    if not torch.cuda.is_available():
+        return run
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    except Exception:  # whatever capture does not allow
+        torch.cuda.synchronize()
+        return run
+    graph.replay()
+    return graph.replay
+
+
+def elapsed(run: Run, repeats: int) -> float:
+    """Milliseconds on the device, if there is one."""
+    if not torch.cuda.is_available():
+        return seconds_of(run, repeats) * repeats * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
+def measure_ceilings(rounds: int, shrink: int) -> tuple[list[Row], dict[str, float]]:
+    """Rows of the table, and operations and bytes a second: of a bf16 product and of a copy, on random numbers."""
+    side = 8192 // shrink
+    a, b = (torch.randn(side, side).bfloat16() for _ in range(2))
+    source = torch.randn((1 << 29) // shrink)
+    target = torch.empty_like(source)
+    found: dict[str, float] = {}
+    rows: list[Row] = []
+    for kind, name, run, work in (
+        ("flops", f"bf16 mm {side}x{side}x{side}", lambda: torch.mm(a, b), 2.0 * side**3),
+        ("bytes", f"copy of {source.nbytes >> 20:,} MiB", lambda: target.copy_(source), 2.0 * source.nbytes),
+    ):
+        sample = timed(run, rounds)
+        found[kind] = work / sample.median
+        unit = FLOPS if kind == "flops" else "GB/s"
+        rows.append(_times(sample) | {"name": name, "rate": found[kind] / 1e9, "unit": unit})
+    return rows, found
+
+
+def row_of(op: Op, rounds: int, limits: dict[str, float]) -> Row:
+    """The op beside the limit that binds it, and beside its peer."""
+    sample = timed(op.run, rounds)
+    seconds = {kind: getattr(op, kind) / limits[kind] for kind in ("flops", "bytes")}
+    kind = max(seconds, key=lambda name: seconds[name])
+    row = _times(sample) | {
+        "name": op.name, "rate": getattr(op, kind) / sample.median / 1e9, "unit": FLOPS if kind == "flops" else "GB/s",
+        "limit_rate": limits[kind] / 1e9, "limit": "product" if kind == "flops" else "copy",
+        "share": seconds[kind] / sample.median,
+    }  # fmt: skip
+    if op.peer is not None:
+        peer = timed(op.peer, max(3, rounds // 2)).median
+        row |= {"peer_ms": peer * 1e3, "times": peer / sample.median, "peer": op.peer_name}
+        ours, theirs = op.run(), op.peer()
+        if isinstance(ours, Tensor) and ours.shape == theirs.shape:
+            row["differs"] = difference(ours, theirs)
+    return row
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gb() -> float | None:
+    """The most memory that tensors took since then."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+
+
+def _times(sample: Sample) -> Row:
+    ms, low, high = (seconds * 1e3 for seconds in sample)
+    return {"ms": ms, "low": low, "high": high}
+
+
+# ------------------------------------------------------------------------------- ops
+def paged(rows: int, length: int, requests: int = 1) -> Batch:
+    """The last ``rows`` rows of each request, whose pages lie in drawn order."""
+    pages = torch.randperm(length // PAGE * requests, dtype=torch.int32).view(requests, -1)
+    return Batch.build([rows] * requests, [length] * requests, pages, PAGE)
+
+
+def drawn_selection(batch: Batch, k: int) -> Tensor:
+    """k drawn positions, ascending, of those that the first row of a request sees already."""
+    rows, seen = len(batch.positions), int(batch.positions.min())
+    parts = [torch.rand(64, seen).topk(k).indices.sort().values for _ in range(-(-rows // 64))]
+    return torch.cat(parts)[:rows].int()
+
+
+def indexers(length: int, shrink: int) -> Iterator[Op]:
+    """Scoring with top-k of the last rows of a prompt, scoring alone, and one row a request."""
+    for heads, dim, k, many in ((32, 128, 2048, 4096), (4, 64, 512, 8192)):
+        for rows in (many // shrink, 256 // shrink):
+            batch = paged(rows, length)
+            q, weights = torch.randn(rows, heads, dim).bfloat16(), torch.randn(rows, heads)
+            keys = torch.randn(length // PAGE, PAGE, dim).bfloat16()
+            flops, read = 2.0 * heads * dim * float((batch.positions + 1).sum()), keys.nbytes + q.nbytes
+            name = f"{rows:,} rows, {heads}x{dim}, {length:,} keys"
+            op = Op(f"select top {k:,}, {name}", partial(ops.select, q, weights, keys, batch, k), flops, read)
+            if rows < many // shrink:
+                flat = keys.flatten(0, 1)
+                plain = partial(
+                    torch_tiled.select, q, weights, flat, batch.table, PAGE, batch.borders, batch.lengths, k
+                )
+                yield op._replace(peer=plain, peer_name="tiled PyTorch")
+            else:
+                yield op
+                with _scoring_alone():
+                    yield op._replace(name=f"scores alone, {name}")
+    for requests in (1, 32):
+        batch = paged(1, length, requests)
+        q, weights = torch.randn(requests, 32, 128).bfloat16(), torch.randn(requests, 32)
+        keys = torch.randn(requests * length // PAGE, PAGE, 128).bfloat16()
+        yield Op(
+            f"select top 2,048, decoding {requests}, 32x128, {length:,} keys",
+            partial(ops.select, q, weights, keys, batch, 2048), 2.0 * 32 * 128 * requests * length, keys.nbytes,
+        )  # fmt: skip
+
+
+class _Nothing:
+    """A kernel that is not launched."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+@contextmanager
+def _scoring_alone() -> Iterator[None]:
+    from nanoglm.ops.triton import select
+
+    with patch.object(select, "_choose", _Nothing()):
+        yield
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def attention_inputs(rows: int, stored: int) -> Inputs:
+    """At GLM-5.2's shape: queries [T, 64, 512] and [T, 64, 64]; latents and ropes in one row, as a cache has them."""
+    q_latent, q_rope = torch.randn(rows, 64, 512).bfloat16(), torch.randn(rows, 64, 64).bfloat16()
+    latent, rope = torch.randn(stored, 576).bfloat16().split([512, 64], 1)
+    return q_latent, q_rope, latent, rope
+
+
+def gathered(rows: int, k: int) -> tuple[float, float]:
+    """Operations and bytes of sparse attention at that shape."""
+    return 2.0 * rows * 64 * k * (576 + 512), rows * (k * 576 * 2.0 + 64 * (576 + 512) * 2)
+
+
+def attentions(length: int, shrink: int) -> Iterator[Op]:
+    """Sparse attention of a prompt's last rows; of some, beside tiled PyTorch and dense attention; of one a request."""
+    k = 2048 // shrink
+    for rows in (4096 // shrink, 256):
+        batch, inputs = paged(rows, length), attention_inputs(rows, length)
+        selection = drawn_selection(batch, k)
+        run = partial(ops.sparse_attention, *inputs, selection, batch, 0.0625)
+        op = Op(f"sparse attention, {rows:,} rows", run, *gathered(rows, k))
+        if rows > 256:
+            yield op
+    plain = partial(torch_tiled.sparse_attention, *inputs, selection, batch.requests, batch.table, PAGE, 0.0625)
+    yield op._replace(peer=plain, peer_name="tiled PyTorch")
+    q, keys, values = (torch.randn(1, 64, n, 256).bfloat16() for n in (256, length, length))
+    dense = partial(F.scaled_dot_product_attention, q, keys, values)
+    yield op._replace(name=f"{op.name}, again", peer=dense, peer_name=f"dense SDPA, expanded, {length:,} keys")
+    for requests in (1, 32, 128):
+        stored = length // 4
+        batch, inputs = paged(1, stored, requests), attention_inputs(requests, requests * stored)
+        run = partial(ops.sparse_attention, *inputs, drawn_selection(batch, k), batch, 0.0625)
+        yield Op(f"sparse attention, decoding {requests}", run, *gathered(requests, k))
+
+
+def experts(length: int, shrink: int) -> Iterator[Op]:
+    """Routed experts at GLM-5.2's widths; 64 of its 256, as one card of four would hold."""
+    from nanoglm.ops.triton.experts import experts_by_grouped_mm
+
+    count, hidden, width, k = 64, 6144 // shrink, 2048 // shrink, 8
+    gate_up = (torch.randn(count, 2 * width, hidden) * hidden**-0.5).bfloat16()
+    down = (torch.randn(count, hidden, width) * width**-0.5).bfloat16()
+    for rows in (8192 // shrink, 64, 8, 1):
+        x, ids, weights = torch.randn(rows, hidden).bfloat16(), _routes(rows, count, k), torch.rand(rows, k)
+        arguments = x, ids, weights, gate_up, down
+        flops = 6.0 * rows * k * width * hidden
+        read = len(ids.unique()) * 3 * width * hidden * 2.0 + 2 * x.nbytes
+        op = Op(f"experts, {rows:,} rows", partial(ops.experts, *arguments), flops, read)
+        yield op._replace(peer=partial(torch_tiled.experts, *arguments), peer_name="a loop over experts")
+        grouped = partial(experts_by_grouped_mm, *arguments)
+        if x.is_cuda:
+            yield op._replace(name=f"{op.name}, again", peer=grouped, peer_name="torch's grouped_mm")
+
+
+def _routes(rows: int, count: int, k: int) -> Tensor:
+    return torch.rand(rows, count).topk(k).indices
+
+
+def gradients(length: int, shrink: int) -> Iterator[Op]:
+    """Backward passes. Sparse attention: 5 products to the forward's 2; experts: 6 to 3, and 2 once more."""
+    rows, k, stored = 2048 // shrink, 2048 // shrink, 16_384 // shrink
+    batch, _ = Batch.contiguous([stored], torch.get_default_device()).tail([rows])
+    inputs = attention_inputs(rows, stored)
+    places = drawn_selection(batch, k), batch.requests, batch.table, 1, 0.0625
+    flops, read = gathered(rows, k)
+    op = Op(
+        f"sparse attention backward, {rows:,} rows",
+        partial(torch.ops.nanoglm.sparse_attention_backward.default, torch.randn_like(inputs[0]), *inputs, *places),
+        2.5 * flops, 2 * read,
+    )  # fmt: skip
+    yield op
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield op._replace(name=f"{op.name}, deterministic")
+    torch.use_deterministic_algorithms(False)
+    count, hidden, width, rows = 32, 2048 // shrink, 1024 // shrink, 8192 // shrink
+    gate_up = (torch.randn(count, 2 * width, hidden) * hidden**-0.5).bfloat16()
+    down = (torch.randn(count, hidden, width) * width**-0.5).bfloat16()
+    x, grad = torch.randn(rows, hidden).bfloat16(), torch.randn(rows, hidden).bfloat16()
+    arguments = grad, x, _routes(rows, count, 8), torch.rand(rows, 8), gate_up, down
+    yield Op(
+        f"experts backward, {rows:,} rows, {hidden:,} wide",
+        partial(torch.ops.nanoglm.experts_backward.default, *arguments), 8 / 3 * 6.0 * rows * 8 * width * hidden, 0.0,
+        partial(torch_tiled.experts_backward, *arguments), "a loop over experts",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- models
+def stack(rounds: int, shrink: int, device: str) -> list[Row]:
+    """A prefill of 200K tokens through four layers of GLM-5.2's widths (32 experts a layer), both patterns in turns."""
+    real = GLMConfig.preset(
+        "glm-5.2", num_hidden_layers=4, first_k_dense_replace=0, n_routed_experts=32, vocab_size=4096,
+        num_nextn_predict_layers=0, eos_token_id=[1], pad_token_id=0,
+    )  # fmt: skip
+    config = real if shrink == 1 else bench_nano()
+    length = 204_800 // shrink // PAGE * PAGE
+    subjects = {p: Subject(with_pattern(config, p), length, device=device) for p in PATTERNS}
+    ids = random_ids(config, length)
+    seconds: dict[str, list[float]] = {p: [] for p in PATTERNS}
+    for turn in range(max(3, rounds // 2) + 1):  # the first is to warm
+        for pattern in PATTERNS[:: -1 if turn % 2 else 1]:
+            spent = _prefill(subjects[pattern], ids)
+            if turn:
+                seconds[pattern].append(spent)
+    found: list[Row] = []
+    for pattern in PATTERNS:
+        median, low, high = Sample.of(seconds[pattern])
+        found.append({"length": length, "pattern": pattern, "seconds": median, "low": low, "high": high})
+    found[1]["speed_up"] = Sample.of([a / b for a, b in zip(*seconds.values(), strict=True)]).median
+    found[1]["limit"] = 4.0
+    return found
+
+
+def _prefill(subject: Subject, ids: list[int]) -> float:
+    """Seconds."""
+    subject.reset()
+    return elapsed(lambda: subject.feed(ids, CHUNK), 1) / 1e3
+
+
+def million(rounds: int, shrink: int, device: str) -> list[Row]:
+    """One prefill of a million tokens of bench-nano with IndexShare, then 64 tokens decoded."""
+    config, length = with_pattern(bench_nano(), "IndexShare"), (1 << 20) // shrink
+    subject = Subject(config, length + PAGE, device=device)
+    foretold = subject.cache.bytes_per_token * length + sum(p.nbytes for p in subject.model.parameters())
+    ids = random_ids(config, length)
+    subject.feed(ids[: 2 * CHUNK], CHUNK)
+    _reset_peak()
+    seconds = _prefill(subject, ids)
+    decoding = elapsed(partial(subject.feed, [7]), 64) / 1e3
+    return [{
+        "length": length, "seconds": seconds, "rate": length / seconds, "decoded": 64, "decode_seconds": decoding,
+        "decode_rate": 64 / decoding, "peak_gb": _peak_gb(),
+        "weights_and_cache_gb": foretold / 1e9,
+    }]  # fmt: skip
+
+
+def training(rounds: int, shrink: int, device: str) -> list[Row]:
+    """Forward and backward of the preset mini in fp32, one sequence a step; the unselected masked, or not read."""
+    table: list[Row] = []
+    for form, length in (("masked", 8192), ("sparse", 8192), ("sparse", 32_768)):
+        length //= shrink
+        with torch.device(device):
+            model = GLM(GLMConfig.preset("mini")).initialise(0)
+        attention: Attention = "masked" if form == "masked" else "sparse"
+        recipe = Recipe(steps=1, tokens=length, stages=(replace(long(1.0, length), attention=attention),))
+        ids = torch.tensor(random_ids(model.config, length + 1), device=device)[None]
+        run = partial(backward, model, Tokens.of(ids), recipe, 0)
+        run()
+        _reset_peak()
+        spent = Sample.of([elapsed(run, 1) / 1e3 for _ in range(3)])
+        table.append({
+            "form": form, "length": length, "seconds": spent.median, "low": spent.low, "high": spent.high,
+            "rate": length / spent.median, "peak_gb": _peak_gb(),
+        })  # fmt: skip
+        del model, run
+        torch.cuda.empty_cache()
+    return table
+
+
+if __name__ == "__main__":
+    rounds, shrink = (int(sys.argv[i]) if len(sys.argv) > i else usual for i, usual in ((2, 5), (3, 1)))
+    measured = bench_gpu(rounds, shrink, lambda what, share: print(what, file=sys.stderr, flush=True))
+    measured.command = " ".join(["python -m nanoglm.bench.gpu", *sys.argv[1:]])
+    measured.save(Path(sys.argv[1]))
+    print(json.dumps(measured.rows, indent=None))

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA and ROCm; imported when the first tensor lies on such a device."""

@@ -1,0 +1,122 @@
+"""Selection and attention equal their references on drawn shapes."""
+
+from __future__ import annotations
+
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.drawing import batches, draw_keys, equal_but_at_the_boundary
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+from nanoglm.ops import Batch, reference, torch_tiled  # noqa: E402
+from nanoglm.ops.triton import attention, select  # noqa: E402
+
+drawn = settings(deadline=None, max_examples=int(os.environ.get("DRAWN_CASES", "50")), derandomize=True)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def run_select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int, device: torch.device) -> Tensor:
+    tensors = (x.to(device) for x in (q, weights, keys, batch.table))
+    q, weights, keys, table = tensors
+    positions, requests = batch.positions.to(device), batch.requests.to(device)
+    found = select.select(
+        q, weights, keys, table, batch.page_size, batch.borders, batch.lengths, k, requests, positions
+    )
+    return found.cpu()
+
+
+@drawn
+@given(
+    batches(400), st.integers(1, 12), st.integers(1, 36), st.integers(1, 60), DTYPES,
+    st.sampled_from(["random", "ties", "equal", "rising"]), st.integers(0, 99),
+)  # fmt: skip
+def test_select_equals_reference(device, batch_rows, heads, dim, k, dtype, kind, seed) -> None:
+    batch, storage = batch_rows
+    torch.manual_seed(seed)
+    q, weights, keys = draw_keys(kind, batch.borders[-1], heads, dim, batch, storage)
+    q, keys = q.to(dtype), keys.to(dtype)
+    found = run_select(q, weights, keys, batch, k, device)
+    expected = reference.select(q, weights, keys, batch, k)
+    if kind == "random":
+        equal_but_at_the_boundary(found, expected, q.float(), weights, keys.float(), batch)
+    else:
+        assert torch.equal(found, expected)
+
+
+@drawn
+@given(
+    st.integers(1, 3000), st.integers(1, 8), st.integers(1, 40), DTYPES, st.floats(0, 1), st.floats(0, 1),
+    st.sampled_from([1, 8, 100]), st.sampled_from([1, 64]), st.integers(0, 99),
+)  # fmt: skip
+def test_select_looks_into_the_best_groups_only(
+    device, length, rows, k, dtype, zeros, negative, most, page, seed
+) -> None:
+    """Long rows of few kept: scores of both signs, a crowd of zeros below, at and above the least that is kept."""
+    torch.manual_seed(seed)
+    rows = min(rows, length)
+    score = torch.randint(1, most + 1, (length,)) * torch.where(torch.rand(length) < negative, -1, 1)
+    score = torch.where(torch.rand(length) < zeros, 0, score).to(dtype)
+    keys = torch.stack([score.relu(), (-score).relu()], 1)  # by a head of weight 1 and one of weight -1
+    q, weights = torch.eye(2, dtype=dtype).expand(rows, 2, 2), torch.tensor([1.0, -1.0]).expand(rows, 2)
+    pages = torch.randperm(-(-length // page))
+    batch = Batch.build([rows], [length], pages.int()[None], page)
+    storage = torch.full((len(pages) * page, 2), torch.nan, dtype=dtype)
+    at = torch.arange(length)
+    storage[pages[at // page] * page + at % page] = keys
+    found = run_select(q, weights, storage, batch, k, device)
+    assert torch.equal(found, reference.select(q, weights, storage, batch, k))
+
+
+def test_select_of_nothing(device: torch.device) -> None:
+    batch = Batch.build([0], [5], torch.arange(5).int()[None], 1)
+    found = run_select(torch.ones(0, 1, 4), torch.ones(0, 1), torch.ones(5, 4), batch, 3, device)
+    assert found.shape == (0, 3)
+
+
+def draw_selection(rows: int, batch: Batch, k: int) -> Tensor:
+    """Drawn positions of what each row sees, ascending, -1 behind them; some rows hold fewer than they could."""
+    selection = torch.full((rows, k), -1, dtype=torch.int32)
+    for row in range(rows):
+        seen = int(batch.positions[row]) + 1
+        count = min(k, seen, int(torch.randint(1, k + 1, ())))
+        selection[row, :count] = torch.randperm(seen)[:count].sort().values.int()
+    return selection
+
+
+@drawn
+@given(
+    batches(), st.integers(1, 20), st.integers(1, 40), st.integers(1, 20), st.integers(1, 90), DTYPES,
+    st.sampled_from([0, 16]), st.integers(0, 99),
+)  # fmt: skip
+def test_sparse_attention_equals_reference(device, batch_rows, heads, c, r, k, dtype, least, seed) -> None:
+    """Whole, and split over the Selection; storage rows that nobody selected hold NaN."""
+    batch, storage = batch_rows
+    counts = [end - begin for begin, end in zip(batch.borders, batch.borders[1:], strict=False)]
+    batch, _ = batch.tail([min(6, n) for n in counts])  # few rows: the interpreter is slow
+    torch.manual_seed(seed)
+    rows = batch.borders[-1]
+    q = torch.randn(rows, heads, c).to(dtype), torch.randn(rows, heads, r).to(dtype)
+    selection = draw_selection(rows, batch, k)
+    both = torch.full((storage, c + r), torch.nan, dtype=dtype)
+    for row in range(rows):
+        s = selection[row][selection[row] >= 0].long()
+        slots = batch.table[batch.requests[row], s // batch.page_size] * batch.page_size + s % batch.page_size
+        both[slots] = torch.randn(len(s), c + r).to(dtype)
+    latent, rope = both.split([c, r], 1)  # rows with a stride wider than themselves
+    tensors = (*q, latent, rope, selection, batch.requests, batch.table)
+    doubles = (x.double() if x.is_floating_point() else x for x in tensors)
+    expected = torch_tiled.sparse_attention(*doubles, batch.page_size, 0.3)
+    tensors = [x.to(device) for x in tensors]
+    with patch.object(attention, "splits_of", lambda programs, selected, device: 4 if least else 1):
+        found = attention.sparse_attention(*tensors, batch.page_size, 0.3)
+    assert found.dtype == dtype and bool(found.isfinite().all())
+    error = (found.cpu().double() - expected).norm() / expected.norm()
+    assert float(error) < (1e-5 if dtype == torch.float32 else 1e-2)
