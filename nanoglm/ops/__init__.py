@@ -51,14 +51,16 @@ def _gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         kernels = _triton()
-        return (getattr(kernels, name) if kernels else plain)(*arguments)
+        return getattr(kernels, name, plain)(*arguments)
 
     return run
 
 
 def _gpu_rows(*tensors: Tensor) -> Any:
-    """The kernels for rows by themselves, where these tensors have some."""
-    return kernels.direct(*tensors) if tensors[0].is_cuda and (kernels := _triton()) else None
+    """The kernels for rows by themselves, where these tensors have some; a compiler fuses the plain forms itself."""
+    if torch.compiler.is_compiling() or not tensors[0].is_cuda:
+        return None
+    return kernels.direct(*tensors) if (kernels := _triton()) else None
 
 
 # ------------------------------------------------------------------------------ rows by themselves
@@ -339,13 +341,23 @@ def index_pool(
 ) -> Tensor:
     """Room for index keys [pages, ...] in the layout that scoring reads fastest there; only ops know it.
 
-    With dtype int8, keys are quantised one by one as they are written, and queries when they score: a little less
-    exact, half the size of bf16 and faster. Raises InputError where no int8 scoring exists.
+    With dtype int8 (CPU) or float8_e4m3fn (GPUs that have it), keys are quantised one by one as they are written, and
+    queries when they score: a little less exact, half the size of bf16 and faster. Raises InputError elsewhere.
     """
-    if dtype == torch.int8 and (torch.device(device).type != "cpu" or page_size != cpu.BLOCK):
+    kind, whole = torch.device(device).type, page_size == cpu.BLOCK
+    if dtype == torch.int8 and not (kind == "cpu" and whole):
         raise InputError(
             f"int8 index keys with pages of {page_size} on {device}; expected pages of {cpu.BLOCK} on the CPU"
         )
+    if dtype == torch.float8_e4m3fn:
+        kernels = _triton() if kind == "cuda" else None
+        if not (kernels and whole and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)):
+            raise InputError(
+                f"FP8 index keys with pages of {page_size} on {device}; expected pages of {cpu.BLOCK} on an NVIDIA GPU "
+                "of compute capability 8.9 or later, with Triton"
+            )
+        pool: Tensor = kernels.index_pool(pages, page_size, dim, device)
+        return pool
     if torch.device(device).type == "cpu" and cpu.packs(page_size, dtype):
         return cpu.packed_pool(pages, dim, dtype)
     return torch.zeros(pages, page_size, dim, dtype=dtype, device=device)
@@ -353,7 +365,10 @@ def index_pool(
 
 @torch.library.custom_op("nanoglm::index_append", mutates_args=("pool",))
 def _index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+    if pool.is_cuda and pool.dtype == torch.uint8 and (kernels := _triton()):
+        return kernels.index_append(pool, keys, slots)
     (torch_tiled.cache_append if pool.ndim == 3 else cpu.append_packed)(pool, keys, slots)
+    return None
 
 
 @_index_append.register_fake

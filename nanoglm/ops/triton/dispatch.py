@@ -8,8 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nanoglm.ops import torch_tiled
-from nanoglm.ops.triton import attention, rows
+from nanoglm.ops import kl, torch_tiled
+from nanoglm.ops.triton import attention, attention_backward, rows
+from nanoglm.ops.triton import experts as moe
+from nanoglm.ops.triton import kl as loss
 from nanoglm.ops.triton import select as scoring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,8 +23,8 @@ def alike(*tensors: Tensor) -> bool:
 
 
 def direct(*tensors: Tensor) -> ModuleType | None:
-    """The kernels of :mod:`rows`, if no gradient is asked for and nobody traces."""
-    if torch.compiler.is_compiling() or not alike(*tensors):
+    """The kernels of :mod:`rows`, if no gradient is asked for."""
+    if not alike(*tensors):
         return None
     return None if torch.is_grad_enabled() and any(x.requires_grad for x in tensors) else rows
 
@@ -32,7 +34,7 @@ def select(
     lengths: Sequence[int], k: int, requests: Tensor, positions: Tensor,
 ) -> Tensor:  # fmt: skip
     """As :func:`nanoglm.ops.select`."""
-    if not alike(q, keys):
+    if keys.dtype != torch.uint8 and not alike(q, keys):
         return torch_tiled.select(q, weights, keys.flatten(0, -2), table, page_size, borders, lengths, k)
     return scoring.select(q, weights, keys, table, page_size, borders, lengths, k, requests, positions)
 
@@ -45,3 +47,47 @@ def sparse_attention(
     served = alike(q_latent, q_rope, latent, rope)
     run = attention.sparse_attention if served else torch_tiled.sparse_attention
     return run(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+
+
+def sparse_attention_backward(
+    grad: Tensor, q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor,
+    requests: Tensor, table: Tensor, page_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`nanoglm.ops.torch_tiled.sparse_attention_backward`."""
+    served = alike(grad, q_latent, q_rope, latent, rope)
+    run = attention_backward.sparse_attention_backward if served else torch_tiled.sparse_attention_backward
+    return run(grad, q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+
+
+def indexer_kl(
+    q: Tensor, weights: Tensor, keys: Tensor, queries: Sequence[Tensor], teacher_keys: Sequence[Tensor], length: int,
+    before: int, scale: float, selection: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As :func:`nanoglm.ops.kl.indexer_kl`."""
+    served = all(x.dtype in DTYPES for x in (q, weights, keys, *queries, *teacher_keys))
+    run = loss.indexer_kl if served else kl.indexer_kl
+    return run(q, weights, keys, queries, teacher_keys, length, before, scale, selection)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As :func:`nanoglm.ops.experts`."""
+    run = moe.experts if alike(x, gate_up, down) else torch_tiled.experts
+    return run(x, ids, weights, gate_up, down)
+
+
+def experts_backward(
+    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`nanoglm.ops.torch_tiled.experts_backward`."""
+    run = moe.experts_backward if alike(grad, x, gate_up, down) else torch_tiled.experts_backward
+    return run(grad, x, ids, weights, gate_up, down)
+
+
+def index_pool(pages: int, page_size: int, dim: int, device: torch.device | str) -> Tensor:
+    """Room for FP8 index keys."""
+    return scoring.fp8_pool(pages, page_size, dim, device)
+
+
+def index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+    """Writes into a pool of :func:`index_pool`."""
+    scoring.append_fp8(pool, keys, slots)

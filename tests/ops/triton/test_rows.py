@@ -21,8 +21,8 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """To half a step of the dtype."""
-    limit = 1e-6 if found.dtype == torch.float32 else 2**-8
+    """To half a step of the dtype; the interpreter cuts bf16 off instead of rounding it, so there to a whole one."""
+    limit = 1e-6 if found.dtype == torch.float32 else 2**-8 if found.is_cuda else 2**-7
     assert float((found.cpu().double() - expected).abs().max()) <= limit * float(expected.abs().max()) + 1e-12
 
 
