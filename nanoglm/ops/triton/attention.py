@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoglm.ops.triton.launch import INTERPRETED, power, tuned
+from nanoglm.ops.triton.launch import INTERPRETED, architecture, power, tuned
 from nanoglm.ops.work import tally
 
 LEAST_SPLIT = 128  # selected rows of one program, when a row's Selection is split
@@ -36,11 +36,22 @@ TILES = {
 
 
 @triton.jit
+def _locate(selection, requests, table, rows, counts, selected, table_width, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Storage rows of a row's Selection and how many there are: attention then waits for one load, not for three."""
+    t, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    pages = table + tl.load(requests + t).to(tl.int64) * table_width
+    s = tl.load(selection + t * selected + i, mask=i < selected, other=-1)
+    row = tl.load(pages + s // PAGE, mask=s >= 0, other=0) * PAGE + s % PAGE
+    tl.store(rows + t * selected + i, row, mask=s >= 0)
+    tl.store(counts + t, tl.sum((s >= 0).to(tl.int32)))
+
+
+@triton.jit
 def _attend(
-    q_latent, q_rope, latent, rope, selection, requests, table, out, sums,
-    scale, heads, latent_dim, rope_dim, selected, table_width, latent_row, rope_row, split_size,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    q_latent, q_rope, latent, rope, rows, counts, out, sums,
+    scale, heads, latent_dim, rope_dim, selected, latent_row, rope_row, split_size,
+    HEADS: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, KEYS: tl.constexpr,
+    SPLIT: tl.constexpr, LONG: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -52,19 +63,18 @@ def _attend(
     q_HR = tl.load(q_rope + at_r, mask=in_h[:, None] & in_r[None, :], other=0.0)
     if WIDE:
         q_HC, q_HR = q_HC.to(tl.float32), q_HR.to(tl.float32)
-    pages = table + tl.load(requests + t).to(tl.int64) * table_width
-    chosen = selection + t * selected
+    rows += t * selected
     begin = tl.program_id(2) * split_size
-    stop = tl.minimum(begin + split_size, selected)
+    stop = tl.minimum(begin + split_size, tl.load(counts + t))  # what is not selected is never read
     most = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
+    total_HK = tl.zeros((HEADS, KEYS), tl.float32)  # summed over keys at the end, not across warps each time
     out_HC = tl.zeros((HEADS, LATENT), tl.float32)
+    row = tl.load(rows + begin + i, mask=begin + i < stop, other=0)
     for low in tl.range(begin, stop, KEYS, num_stages=STAGES):
-        s = tl.load(chosen + low + i, mask=low + i < stop, other=-1)
-        valid = s >= 0  # what is not selected is never read
-        row = tl.load(pages + s // PAGE, mask=valid, other=0).to(tl.int64) * PAGE + s % PAGE
-        c_KC = tl.load(latent + row[:, None] * latent_row + c[None, :], mask=valid[:, None] & in_c[None, :], other=0.0)
-        r_KR = tl.load(rope + row[:, None] * rope_row + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
+        valid, at = low + i < stop, (row.to(tl.int64) if LONG else row)[:, None]
+        row = tl.load(rows + low + KEYS + i, mask=low + KEYS + i < stop, other=0)  # of the next turn, in time
+        c_KC = tl.load(latent + at * latent_row + c[None, :], mask=valid[:, None] & in_c[None, :], other=0.0)
+        r_KR = tl.load(rope + at * rope_row + r[None, :], mask=valid[:, None] & in_r[None, :], other=0.0)
         if WIDE:
             c_KC, r_KR = c_KC.to(tl.float32), r_KR.to(tl.float32)
         scores = tl.dot(q_HC, tl.trans(c_KC), input_precision="ieee")
@@ -73,9 +83,10 @@ def _attend(
         new = tl.maximum(most, tl.max(scores, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet
         old, p = tl.exp2(most - shift), tl.exp2(scores - shift[:, None])
-        total = total * old + tl.sum(p, 1)
+        total_HK = total_HK * old[:, None] + p
         out_HC = tl.dot(p.to(c_KC.dtype), c_KC, out_HC * old[:, None], input_precision="ieee")
         most = new
+    total = tl.sum(total_HK, 1)
     if SPLIT:  # unnormalised, with what joining needs
         place = (t * tl.num_programs(2) + tl.program_id(2)) * heads + h
         tl.store(out + place[:, None] * latent_dim + c[None, :], out_HC, mask=in_h[:, None] & in_c[None, :])
@@ -124,19 +135,44 @@ def sparse_attention(
     if splits > 1:
         parts = torch.empty(rows, splits, heads, latent_dim, dtype=torch.float32, device=out.device)
         sums = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=out.device)
-    attend: Any = _attend
-    attend[(rows, triton.cdiv(heads, block), splits)](
-        q_latent, q_rope, latent, rope, selection, requests, table, parts, sums,
-        scale, heads, latent_dim, rope.shape[1], selected, table.shape[1], latent.stride(0), rope.stride(0), size,
-        PAGE=page_size, HEADS=block, LATENT=power(latent_dim), ROPE=power(rope.shape[1]), KEYS=tiles.keys,
-        SPLIT=splits > 1, WIDE=INTERPRETED, STAGES=tiles.stages, num_warps=tiles.warps,
+    places, counts = torch.empty_like(selection), torch.empty(rows, dtype=torch.int32, device=out.device)
+    _locate[(rows,)](
+        selection, requests, table, places, counts, selected, table.shape[1],
+        PAGE=page_size, BLOCK=triton.next_power_of_2(selected),
     )  # fmt: skip
+    grid = rows, triton.cdiv(heads, block), splits
+    split, long = splits > 1, len(latent) * latent.stride(0) >= 1 << 31
+    if special := _hopper(q_latent, rope):
+        special.attend[grid](
+            q_latent, q_rope, latent, rope, places, counts, parts, sums,
+            scale, heads, selected, latent.stride(0), rope.stride(0), size,
+            HEADS=block, LATENT=latent_dim, ROPE=rope.shape[1], KEYS=tiles.keys, SPLIT=split, LONG=long, num_warps=8,
+        )  # fmt: skip
+    else:
+        attend: Any = _attend
+        attend[grid](
+            q_latent, q_rope, latent, rope, places, counts, parts, sums,
+            scale, heads, latent_dim, rope.shape[1], selected, latent.stride(0), rope.stride(0), size,
+            HEADS=block, LATENT=power(latent_dim), ROPE=power(rope.shape[1]), KEYS=tiles.keys,
+            SPLIT=split, LONG=long, WIDE=INTERPRETED, STAGES=tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip
     if splits > 1:
         _join[(rows, heads)](
             parts, sums, out, heads, latent_dim, splits,
             SPLITS=triton.next_power_of_2(splits), LATENT=power(latent_dim),
         )  # fmt: skip
     return out
+
+
+def _hopper(q_latent: Tensor, rope: Tensor) -> Any:
+    """The kernel made for this card and shape, if it is one."""
+    if not (q_latent.is_cuda and architecture(q_latent.device) == "sm_90"):
+        return None
+    try:
+        from nanoglm.ops.triton import hopper
+    except ImportError:  # a Triton without Gluon
+        return None
+    return hopper if hopper.serves(q_latent, rope) else None
 
 
 def splits_of(programs: int, selected: int, device: torch.device) -> int:

@@ -19,35 +19,42 @@ def cases(architecture: str) -> list[Case]:
     select_tiles = select.TILES.get(architecture, select.TILES["portable"])
     attention_tiles = attention.TILES.get(architecture, attention.TILES["portable"])
     scored = signature(
-        {"q": "bf16", "weights": "fp32", "keys": "bf16", "table": "i32", "requests": "i64", "positions": "i64",
-         "scores": "fp32", "peaks": "fp32"},
-        "rows width table_width q_row q_head heads dim",
+        {"q": "bf16", "weights": "fp32", "keys": "bf16", "scales": "fp32", "table": "i32", "requests": "i64",
+         "positions": "i64", "scores": "fp32", "peaks": "fp32"},
+        "rows width table_width q_row q_head heads dim key_page scale_page",
     )  # fmt: skip
     chosen = signature(
         {"scores": "fp32", "peaks": "fp32", "places": "i32", "positions": "i64", "out": "i32"}, "width k"
     )
+    located = signature(
+        {"selection": "i32", "requests": "i64", "table": "i32", "rows": "i32", "counts": "i32"}, "selected table_width"
+    )
     attended = signature(
-        {"q_latent": "bf16", "q_rope": "bf16", "latent": "bf16", "rope": "bf16", "selection": "i32", "requests": "i64",
-         "table": "i32", "out": "bf16", "sums": "fp32"},
-        "heads latent_dim rope_dim selected table_width latent_row rope_row split_size", "scale",
+        {"q_latent": "bf16", "q_rope": "bf16", "latent": "bf16", "rope": "bf16", "rows": "i32", "counts": "i32",
+         "out": "bf16", "sums": "fp32"},
+        "heads latent_dim rope_dim selected latent_row rope_row split_size", "scale",
     )  # fmt: skip
     joined = signature({"parts": "fp32", "sums": "fp32", "out": "bf16"}, "heads latent_dim splits")
     found: list[Case] = []
     for page in (1, 64):
         constants = {
-            "PAGE": page, "ROWS": max(1, select_tiles.columns // 32), "HEADS": 32, "DIM": 128,
+            "SCALED": False, "PAGE": page, "ROWS": max(1, select_tiles.columns // 32), "HEADS": 32, "DIM": 128,
             "KEYS": select_tiles.keys, "CHUNK": select_tiles.chunk, "GROUP": 16, "WIDE": False,
             "STAGES": select_tiles.stages,
         }  # fmt: skip
         found.append((select._score, scored, constants, {"num_warps": select_tiles.warps}))
-        for split in (False, True):
-            constants = {
-                "PAGE": page, "HEADS": attention_tiles.heads, "LATENT": 512, "ROPE": 64, "KEYS": attention_tiles.keys,
-                "SPLIT": split, "WIDE": False, "STAGES": attention_tiles.stages,
-            }  # fmt: skip
-            out = attended | ({"out": "*fp32"} if split else {})
-            found.append((attention._attend, out, constants, {"num_warps": attention_tiles.warps}))
-    top = {"GROUP": 16, "PLACES": select_tiles.places}
-    found.append((select._choose, chosen, top, {"num_warps": select_tiles.top_warps}))
+        if page == 64 and architecture.startswith("sm_"):
+            eight = scored | {"q": "*fp8e4nv", "keys": "*fp8e4nv"}
+            found.append((select._score, eight, constants | {"SCALED": True}, {"num_warps": select_tiles.warps}))
+        found.append((attention._locate, located, {"PAGE": page, "BLOCK": 2048}, {"num_warps": 4}))
+    for split in (False, True):
+        constants = {
+            "HEADS": attention_tiles.heads, "LATENT": 512, "ROPE": 64, "KEYS": attention_tiles.keys, "SPLIT": split,
+            "LONG": False, "WIDE": False, "STAGES": attention_tiles.stages,
+        }  # fmt: skip
+        out = attended | ({"out": "*fp32"} if split else {})
+        found.append((attention._attend, out, constants, {"num_warps": attention_tiles.warps}))
+    for places, warps in ((1024, 4), (4096, 16)):
+        found.append((select._choose, chosen, {"GROUP": 16, "PLACES": places}, {"num_warps": warps}))
     found.append((attention._join, joined, {"SPLITS": 16, "LATENT": 512}, {"num_warps": 4}))
     return found
