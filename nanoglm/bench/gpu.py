@@ -7,6 +7,7 @@ copy, both measured beside it. Bytes of a gather count every selected row, cache
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -14,13 +15,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import nanoglm
 from nanoglm import ops
 from nanoglm.bench.ops import FLOPS, difference
 from nanoglm.bench.result import Result, Row
@@ -32,8 +36,11 @@ from nanoglm.errors import InputError
 from nanoglm.model import GLM, Attention
 from nanoglm.ops import Batch, torch_tiled
 from nanoglm.train.data import Sample as Tokens
+from nanoglm.train.data import Tokens as Text
 from nanoglm.train.objective import backward
-from nanoglm.train.recipe import Recipe, long
+from nanoglm.train.precision import low_copy
+from nanoglm.train.recipe import Recipe, dense, indexer_warmup, long
+from nanoglm.train.trainer import Keep, train
 
 LENGTH = 131_072  # keys that the ops see
 CHUNK = 8192  # rows of a prefill's pass
@@ -82,26 +89,26 @@ def bench_gpu(
                     rows.append(row_of(op, rounds, limits))
                 except torch.OutOfMemoryError:
                     result.notes.append(f"{op.name}: more memory than the card has")
-                torch.cuda.empty_cache()
-    for table, run in (("prefill", stack), ("run", million), ("step", training)):
+                _free()
+    for table, run in (("prefill", stack), ("run", million), ("step", training), ("curve", curve)):
         progress(run.__name__, 0.5)
         try:
             result.rows[table] = run(rounds, shrink, device)
         except torch.OutOfMemoryError:
             result.notes.append(f"{run.__name__}: more memory than the card has")
-        torch.cuda.empty_cache()
+        _free()
     return result
 
 
 # ------------------------------------------------------------------------------- timing
-def timed(run: Run, rounds: int, least: float = 4.0) -> Sample:
+def timed(run: Run, rounds: int, least: float = 4.0, graph: bool = True) -> Sample:
     """Seconds of one call: median, fastest, slowest of the rounds, by the device's own clock.
 
     A call that can be captured is replayed as a graph, so that launches by Python are not what is measured.
     """
     for _ in range(2):
         run()
-    call = captured(run)
+    call = captured(run) if graph else run
     repeats = max(1, round(least / max(elapsed(call, 1), 1e-3)))
     return Sample.of([elapsed(call, repeats) / repeats / 1e3 for _ in range(rounds)])
 
@@ -147,7 +154,7 @@ def measure_ceilings(rounds: int, shrink: int) -> tuple[list[Row], dict[str, flo
         ("flops", f"bf16 mm {side}x{side}x{side}", lambda: torch.mm(a, b), 2.0 * side**3),
         ("bytes", f"copy of {source.nbytes >> 20:,} MiB", lambda: target.copy_(source), 2.0 * source.nbytes),
     ):
-        sample = timed(run, rounds)
+        sample = timed(run, rounds, graph=False)  # a graph copies with other engines, which are slower
         found[kind] = work / sample.median
         unit = FLOPS if kind == "flops" else "GB/s"
         rows.append(_times(sample) | {"name": name, "rate": found[kind] / 1e9, "unit": unit})
@@ -222,6 +229,11 @@ def indexers(length: int, shrink: int) -> Iterator[Op]:
                 yield op
                 with _scoring_alone():
                     yield op._replace(name=f"scores alone, {name}")
+                if keys.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9):
+                    pool = ops.index_pool(length // PAGE, PAGE, dim, torch.float8_e4m3fn, "cuda")
+                    ops.index_append(pool, keys.flatten(0, 1), torch.arange(length))
+                    run = partial(ops.select, q, weights, pool, batch, k)
+                    yield op._replace(name=f"select top {k:,} of FP8 keys, {name}", run=run)
     for requests in (1, 32):
         batch = paged(1, length, requests)
         q, weights = torch.randn(requests, 32, 128).bfloat16(), torch.randn(requests, 32)
@@ -277,7 +289,7 @@ def attentions(length: int, shrink: int) -> Iterator[Op]:
     q, keys, values = (torch.randn(1, 64, n, 256).bfloat16() for n in (256, length, length))
     dense = partial(F.scaled_dot_product_attention, q, keys, values)
     yield op._replace(name=f"{op.name}, again", peer=dense, peer_name=f"dense SDPA, expanded, {length:,} keys")
-    for requests in (1, 32, 128):
+    for requests in (1, 32, 128, 256):
         stored = length // 4
         batch, inputs = paged(1, stored, requests), attention_inputs(requests, requests * stored)
         run = partial(ops.sparse_attention, *inputs, drawn_selection(batch, k), batch, 0.0625)
@@ -385,26 +397,60 @@ def million(rounds: int, shrink: int, device: str) -> list[Row]:
 
 
 def training(rounds: int, shrink: int, device: str) -> list[Row]:
-    """Forward and backward of the preset mini in fp32, one sequence a step; the unselected masked, or not read."""
+    """Forward and backward of the preset mini in bf16, one sequence a step: dense attention without indexers; and under
+    Selections with the indexers' KL, what is not selected masked, or not read."""
     table: list[Row] = []
-    for form, length in (("masked", 8192), ("sparse", 8192), ("sparse", 32_768)):
+    forms: tuple[tuple[Attention, int], ...] = (
+        ("masked", 8192), ("sparse", 8192), ("dense", 32_768), ("sparse", 32_768), ("dense", 131_072),
+        ("sparse", 131_072),
+    )  # fmt: skip
+    for form, length in forms:
         length //= shrink
         with torch.device(device):
-            model = GLM(GLMConfig.preset("mini")).initialise(0)
-        attention: Attention = "masked" if form == "masked" else "sparse"
-        recipe = Recipe(steps=1, tokens=length, stages=(replace(long(1.0, length), attention=attention),))
+            model = low_copy(GLM(GLMConfig.preset("mini")).initialise(0))
+        stage = dense(1.0, length) if form == "dense" else replace(long(1.0, length), attention=form)
+        recipe = Recipe(steps=1, tokens=length, stages=(stage,), mtp_depths=1)
         ids = torch.tensor(random_ids(model.config, length + 1), device=device)[None]
         run = partial(backward, model, Tokens.of(ids), recipe, 0)
-        run()
-        _reset_peak()
-        spent = Sample.of([elapsed(run, 1) / 1e3 for _ in range(3)])
-        table.append({
-            "form": form, "length": length, "seconds": spent.median, "low": spent.low, "high": spent.high,
-            "rate": length / spent.median, "peak_gb": _peak_gb(),
-        })  # fmt: skip
+        try:
+            run()
+            _reset_peak()
+            spent = Sample.of([elapsed(run, 1) / 1e3 for _ in range(3)])
+        except torch.OutOfMemoryError:
+            table.append({"form": f"{form}: more memory than the card has", "length": length})
+        else:
+            table.append({
+                "form": form, "length": length, "seconds": spent.median, "low": spent.low, "high": spent.high,
+                "rate": length / spent.median, "peak_gb": _peak_gb(),
+            })  # fmt: skip
         del model, run
-        torch.cuda.empty_cache()
+        _free()
     return table
+
+
+def curve(rounds: int, shrink: int, device: str) -> list[Row]:
+    """The preset mini trained in bf16 on this package's own source, byte by byte: dense, then indexers, then sparse."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(nanoglm.__file__).parent.rglob("*.py")))
+    text = Text.of(np.frombuffer(source.encode(), np.uint8).astype(np.uint16))
+    length = 2048 // shrink
+    recipe = Recipe(
+        "mini", steps=max(8, 320 // shrink), tokens=16 * length, dtype="bfloat16", rate=4e-3,
+        stages=(dense(0.6, length), indexer_warmup(0.1, length), long(0.3, 4 * length)),
+    )  # fmt: skip
+    with torch.device(device):
+        model = GLM(GLMConfig.preset("mini")).initialise(0)
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        train(model, text, recipe, Keep(log=log, log_every=max(1, recipe.steps // 20), quiet=True))
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line | {"rate": recipe.tokens * (line["step"] + 1) / line["seconds"]} for line in lines]
+
+
+def _free() -> None:
+    """Gives back what tensors no longer need."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

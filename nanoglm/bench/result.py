@@ -142,13 +142,22 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("gap", "gap", ".1g", "between our two best logits there"),
     ),
     "step": (
-        Column("attention", "form", "", "masked: unselected keys are masked; sparse: selected ones are gathered"),
+        Column("attention", "form", "", "masked: unselected keys are masked; sparse: selected ones are gathered; "
+               "dense: all keys, and no indexers"),
         Column("tokens", "length", ",", "length of the one sequence"),
         Column("s", "seconds", ",.4g", "forward and backward with the indexers' KL, each in its own process"),
         *_SPREAD,
         Column("tokens/s", "rate", ",.0f", "of those"),
         Column("peak GB", "peak_gb", ",.2f", "most memory a process ever held"),
         Column("speed-up", "speed_up", ".2f", "masked over this"),
+    ),
+    "curve": (
+        Column("step", "step", ",", "of training"),
+        Column("stage", "stage", "", "dense: all keys; indexer_warmup: the indexers alone; long: under Selections"),
+        Column("loss", "loss", ".4f", "nats a token, next tokens"),
+        Column("KL", "kl", ".4f", "of the indexers"),
+        Column("s", "seconds", ",.1f", "since the beginning"),
+        Column("tokens/s", "rate", ",.0f", "since the beginning"),
     ),
     "decode": (
         Column("tokens", "length", ",", "tokens in the cache"),

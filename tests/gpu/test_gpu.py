@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ LENGTH, PAGE = 20_480, 64
 def on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
     """Ops get their inputs there; what models do must not depend on PyTorch's default device."""
     torch.manual_seed(0)
-    with torch.device("cpu" if "models" in request.fixturenames else "cuda"):
+    with nullcontext() if "models" in request.fixturenames else torch.device("cuda"):
         yield
 
 
@@ -55,12 +56,22 @@ def test_scores_that_are_equal_select_the_same_on_every_device(rows: int) -> Non
 
 
 @pytest.mark.parametrize("rows", [1, 100])
-def test_selections_differ_at_the_boundary_only(rows: int) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_selections_differ_at_the_boundary_only(rows: int, fp8: bool) -> None:
     q, weights, keys, batch = index_inputs(rows, exact=False)
-    found = ops.select(q, weights, keys, batch, 2048).long()
     at = torch.arange(LENGTH)
     slots = storage_rows(at, torch.zeros_like(at), batch.table, PAGE)
-    seen = keys.flatten(0, 1)[slots].double()
+    seen = keys.flatten(0, 1)[slots]
+    if fp8:
+        keys = ops.index_pool(LENGTH // PAGE, PAGE, 128, torch.float8_e4m3fn, "cuda")
+        ops.index_append(keys, seen, slots)
+    found = ops.select(q, weights, keys, batch, 2048).long()
+    if fp8:  # against what FP8 stands for
+        from nanoglm.ops.triton.select import quantise
+
+        (q, q_scale), (seen, scale) = quantise(q), quantise(seen)
+        q, seen = q.double() * q_scale[..., None], seen.double() * scale[:, None]
+    seen = seen.double()
     for row in range(rows):
         scores = weights[row].double() @ (q[row].double() @ seen.T).relu()
         scores[int(batch.positions[row]) + 1 :] = -torch.inf

@@ -22,6 +22,8 @@ from nanoglm.ops.triton.launch import INTERPRETED, power, tuned
 from nanoglm.ops.work import tally_pairs
 
 SCRATCH = 1 << 28  # elements of scores held at once
+FEW, SHORT = 64, 512  # rows up to which programs take only so many keys each: else they would not fill a card
+FP8 = torch.float8_e4m3fn
 
 
 class Tiles(NamedTuple):
@@ -32,12 +34,10 @@ class Tiles(NamedTuple):
     chunk: int
     warps: int
     stages: int
-    places: int = 1024  # scores that the top-k looks at together
-    top_warps: int = 4
 
 
 TILES = {
-    "sm_90": Tiles(256, 64, 8192, 4, 3),
+    "sm_90": Tiles(256, 64, 8192, 4, 2),
     "sm_89": Tiles(128, 64, 4096, 4, 3),
     "gfx942": Tiles(128, 64, 4096, 4, 2),
     "portable": Tiles(64, 64, 1024, 4, 2),
@@ -46,10 +46,10 @@ TILES = {
 
 @triton.jit
 def _score(
-    q, weights, keys, table, requests, positions, scores, peaks,
-    rows, width, table_width, q_row, q_head, heads, dim,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
+    q, weights, keys, scales, table, requests, positions, scores, peaks,
+    rows, width, table_width, q_row, q_head, heads, dim, key_page, scale_page,
+    SCALED: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+    KEYS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * ROWS
     t = first + tl.arange(0, ROWS)
@@ -70,20 +70,26 @@ def _score(
         mine = request == current
         stop = tl.minimum(tl.max(tl.where(mine, position, -1)) + 1, begin + CHUNK)
         pages = table + current * table_width
+        next_page = tl.load(pages + begin // PAGE, mask=begin < stop, other=0)
         for low in tl.range(begin, stop, KEYS, num_stages=STAGES):
             s = low + tl.arange(0, KEYS)
-            if PAGE % KEYS == 0:
-                storage = tl.load(pages + low // PAGE).to(tl.int64) * PAGE + low % PAGE + tl.arange(0, KEYS)
+            inside = (s < stop)[:, None] & (d < dim)[None, :]
+            if PAGE % KEYS == 0:  # the tile lies in one page
+                page, slot = next_page.to(tl.int64), low % PAGE
+                next_page = tl.load(pages + (low + KEYS) // PAGE, mask=low + KEYS < stop, other=0)  # in time
+                start = keys + page * key_page + slot * dim
+                k_SI = tl.load(start + tl.arange(0, KEYS)[:, None] * dim + d[None, :], mask=inside, other=0.0)
+                slot += tl.arange(0, KEYS)
             else:
-                page = tl.load(pages + s // PAGE, mask=s < stop, other=0).to(tl.int64)
-                storage = page * PAGE + s % PAGE
-            k_SI = tl.load(
-                keys + storage[:, None] * dim + d[None, :], mask=(s < stop)[:, None] & (d < dim)[None, :], other=0.0
-            )
+                page, slot = tl.load(pages + s // PAGE, mask=s < stop, other=0).to(tl.int64), s % PAGE
+                storage = page * key_page + slot * dim
+                k_SI = tl.load(keys + storage[:, None] + d[None, :], mask=inside, other=0.0)
             if WIDE:
                 k_SI = k_SI.to(tl.float32)
             pair = tl.maximum(tl.dot(k_SI, q_IN, input_precision="ieee"), 0.0) * weight[None, :]
             score = tl.sum(tl.reshape(pair, (KEYS, ROWS, HEADS)), 2)  # [S, T]
+            if SCALED:
+                score *= tl.load(scales + page * scale_page + slot, mask=s < stop, other=0.0)[:, None]
             score = tl.where(s[:, None] <= position[None, :], score, float("-inf"))
             mask = mine[None, :] & (s < width)[:, None]
             tl.store(scores + t.to(tl.int64)[None, :] * width + s[:, None], score, mask=mask)
@@ -203,7 +209,7 @@ def select(
     q: Tensor, weights: Tensor, keys: Tensor, table: Tensor, page_size: int, borders: Sequence[int],
     lengths: Sequence[int], k: int, requests: Tensor, positions: Tensor,
 ) -> Tensor:  # fmt: skip
-    """As :func:`nanoglm.ops.torch_tiled.select`, keys [N, I] or [pages, page_size, I].
+    """As :func:`nanoglm.ops.torch_tiled.select`, keys [N, I] or [pages, page_size, I], or an :func:`fp8_pool`.
 
     Rows are where the tensors say, requests and positions int64 [T]; the numbers in ``lengths`` only bound the grid,
     so in a captured graph they may be those of the longest requests to come.
@@ -213,12 +219,16 @@ def select(
     out = torch.empty(rows, k, dtype=torch.int32, device=q.device)
     if not rows:
         return out
-    tiles = tuned(TILES, q.device)
-    keys = keys.flatten(0, -2)
-    if keys.stride() != (dim, 1):
-        keys = keys.contiguous()
+    scales, scaled = weights, keys.dtype == torch.uint8
+    if scaled:
+        q, q_scale = quantise(q)
+        weights, (keys, scales) = weights * q_scale, halves(keys)
+    else:
+        keys = keys.flatten(0, -2).contiguous()
+    key_page, scale_page = (keys.stride(0), scales.stride(0)) if scaled else (page_size * dim, 0)
     q = q if q.stride(2) == 1 else q.contiguous()
     weights, table = weights.float().contiguous(), table.int().contiguous()
+    tiles = tuned(TILES, q.device)
     padded = triton.next_power_of_2(heads)
     longest = max(end - begin for begin, end in zip(borders, borders[1:], strict=False))
     together = min(max(1, tiles.columns // padded), triton.next_power_of_2(longest))
@@ -226,26 +236,53 @@ def select(
     width = -(-max(lengths) // tiles.keys) * tiles.keys
     group = next((size for size in (64, 32, 16, 8) if size <= tiles.keys and width >= 4 * size * k), 1)
     step = min(rows, max(1, SCRATCH // width // together) * together)
+    chunk, places, warps = (tiles.chunk, 1024, 4) if rows > FEW or INTERPRETED else (SHORT, 4096, 16)
     scores = torch.empty(step, width, dtype=torch.float32, device=q.device)
     peaks = torch.empty(step, width // group if group > 1 else 0, dtype=torch.float32, device=q.device)
-    places = torch.empty(scores.shape if group > 1 else (0,), dtype=torch.int32, device=q.device)
+    positions_kept = torch.empty(scores.shape if group > 1 else (0,), dtype=torch.int32, device=q.device)
     score: Any = _score
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
-        seen = [  # the last row of each request within this part stands so far
+        seen = [  # where the last row of each request within this part stands, and one more
             length - (borders[b + 1] - min(end, borders[b + 1]))
             for b, length in enumerate(lengths) if borders[b] < end and borders[b + 1] > begin
         ]  # fmt: skip
-        grid = (triton.cdiv(end - begin, together), triton.cdiv(max(seen), tiles.chunk))
-        part = slice(begin, end)
+        grid, part = (triton.cdiv(end - begin, together), triton.cdiv(max(seen), chunk)), slice(begin, end)
         score[grid](
-            q[part], weights[part], keys, table, requests[part], positions[part], scores, peaks,
-            end - begin, width, table.shape[1], q.stride(0), q.stride(1), heads, dim,
-            PAGE=page_size, ROWS=together, HEADS=padded, DIM=power(dim), KEYS=tiles.keys, CHUNK=tiles.chunk,
-            GROUP=group, WIDE=INTERPRETED, STAGES=tiles.stages, num_warps=tiles.warps,
+            q[part], weights[part], keys, scales, table, requests[part], positions[part], scores, peaks,
+            end - begin, width, table.shape[1], q.stride(0), q.stride(1), heads, dim, key_page, scale_page,
+            SCALED=scaled, PAGE=page_size, ROWS=together, HEADS=padded, DIM=power(dim, 32 if scaled else 16),
+            KEYS=tiles.keys, CHUNK=chunk, GROUP=group, WIDE=INTERPRETED, STAGES=tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
         _choose[(end - begin,)](
-            scores, peaks, places, positions[part], out[part], width, k,
-            GROUP=group, PLACES=tiles.places, num_warps=tiles.top_warps,
+            scores, peaks, positions_kept, positions[part], out[part], width, k,
+            GROUP=group, PLACES=places, num_warps=warps,
         )  # fmt: skip
     return out
+
+
+# ------------------------------------------------------------------------------ FP8 keys
+def fp8_pool(pages: int, page_size: int, dim: int, device: torch.device | str) -> Tensor:
+    """Zeros for index keys as uint8 [pages, page_size * (I + 4)]: a page's keys in e4m3, then its fp32 scales."""
+    return torch.zeros(pages, page_size * (dim + 4), dtype=torch.uint8, device=device)
+
+
+def halves(pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of an :func:`fp8_pool` of pages of 64: keys e4m3 [pages, 64 I] and scales fp32 [pages, 64]."""
+    return pool[:, :-256].view(FP8), pool[:, -256:].view(torch.float32)
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., I] -> e4m3 of the same shape and fp32 scales [...], powers of two (architecture spec 2.6, FP8 scoring)."""
+    x = x.float()
+    scale = torch.exp2(torch.ceil(torch.log2(x.abs().amax(-1).clamp(min=1e-4) / 448)))
+    return (x / scale[..., None]).to(FP8), scale
+
+
+def append_fp8(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
+    """Writes index keys [T, I] at storage rows slots int64 [T] of an :func:`fp8_pool` of pages of 64."""
+    values, scales = halves(pool)
+    key, scale = quantise(keys)
+    page, slot = slots // 64, slots % 64
+    values.view(torch.uint8).unflatten(1, (64, -1))[page, slot] = key.view(torch.uint8)
+    scales[page, slot] = scale

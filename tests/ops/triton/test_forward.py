@@ -75,6 +75,33 @@ def test_select_looks_into_the_best_groups_only(
     assert torch.equal(found, reference.select(q, weights, storage, batch, k))
 
 
+@drawn
+@given(
+    st.integers(1, 700), st.integers(1, 6), st.integers(1, 12), st.sampled_from([4, 16, 36, 64]), st.integers(1, 60),
+    st.sampled_from(["random", "ties", "equal"]), st.integers(0, 99),
+)  # fmt: skip
+def test_fp8_select_equals_reference_of_what_fp8_stands_for(device, length, rows, heads, dim, k, kind, seed) -> None:
+    torch.manual_seed(seed)
+    rows, pages = min(rows, length), torch.randperm(-(-length // 64))
+    batch = Batch.build([rows], [length], pages.int()[None], 64)
+    q, weights, keys = draw_keys(kind, rows, heads, dim, batch, len(pages) * 64)
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no FP8")
+    pool = select.fp8_pool(len(pages), 64, dim, device)
+    pool.fill_(127)  # garbage where nothing is written
+    at = torch.arange(length)
+    slots = pages[at // 64] * 64 + at % 64
+    select.append_fp8(pool, keys[slots].to(device), slots.to(device))
+    found = run_select(q, weights, pool, batch, k, device)
+    (q8, q_scale), (k8, k_scale) = select.quantise(q), select.quantise(keys)
+    q, keys = q8.float() * q_scale[..., None], k8.float() * k_scale[:, None]
+    expected = reference.select(q, weights, keys, batch, k)
+    if kind == "random":
+        equal_but_at_the_boundary(found, expected, q, weights, keys, batch)
+    else:
+        assert torch.equal(found, expected)
+
+
 def test_select_of_nothing(device: torch.device) -> None:
     batch = Batch.build([0], [5], torch.arange(5).int()[None], 1)
     found = run_select(torch.ones(0, 1, 4), torch.ones(0, 1), torch.ones(5, 4), batch, 3, device)
