@@ -20,6 +20,7 @@ from nanoglm.bench import ops, versus
 from nanoglm.bench import prefill as prefilling
 from nanoglm.bench.engine import bench_engine, bench_prefix
 from nanoglm.bench.generation import bench_generation
+from nanoglm.bench.gpu import bench_gpu
 from nanoglm.bench.report import report as write_report
 from nanoglm.bench.result import COLUMNS, Result, check_out
 from nanoglm.bench.step import bench_train
@@ -160,6 +161,19 @@ def engine(
     _finish(result, out)
 
 
+def gpu(rounds: int = 5, out: Path | None = None) -> None:
+    """Each op on a GPU beside the card's limits and its peers; layers of GLM-5.2's widths, a million tokens, training.
+
+    Args:
+        rounds: Of each figure, at least 3.
+        out: The JSON file to write.
+    """
+    check_out(out)
+    with _progress() as tell:
+        result = bench_gpu(rounds, progress=tell)
+    _finish(result, out)
+
+
 def report(files: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("docs/performance.md")) -> None:
     """A page of tables and plots from what the others wrote.
 
@@ -178,7 +192,7 @@ def _verb(name: str, run: Any) -> Any:
 # What tyro reads nested subcommands from.
 Verb = (
     _verb("ops", ops_) | _verb("prefill", prefill) | _verb("decode", decode) | _verb("train", train)
-    | _verb("engine", engine) | _verb("report", report)
+    | _verb("engine", engine) | _verb("gpu", gpu) | _verb("report", report)
 )  # fmt: skip
 
 

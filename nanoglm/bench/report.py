@@ -11,7 +11,7 @@ from nanoglm.errors import InputError
 
 INTRODUCTION = """# Performance
 
-This page is made by `nanoglm bench report` from JSON files that `nanoglm bench ops`, `prefill` and `decode` wrote.
+This page is made by `nanoglm bench report` from JSON files that other verbs of `nanoglm bench` wrote.
 
 Each figure stands beside a limit that was measured in the same run, and beside a peer where there is one. The machines
 are taken to be noisy: what is compared ran in turns within one process (peers: processes in turns), a figure is the
@@ -32,7 +32,8 @@ TITLES = {
     "engine": "Many requests, with and without drafts",
     "prefix": "A second request that begins like the first",
     "generate": "Generation against transformers, the same checkpoint and prompts",
-    "step": "One step of sparse training",
+    "step": "One step of training",
+    "curve": "A training run",
 }
 MODEL = """Cost model: T = N L c + N_idx L²/2 c_i, with N the layers that work at every token (the last one needs only
 the last token), N_idx those of them with an indexer, c {us_per_token_and_layer:.3g} µs per token and layer and c_i

@@ -60,6 +60,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("limit", "limit_rate", ",.0f", "the rate of the limit, measured in the same rounds"),
         Column("limit is", "limit", "", "the ceiling taken: of several, the fastest"),
         Column("share", "share", ".0%", "rate over limit"),
+        Column("peer", "peer", "", "what else does it"),
         Column("peer ms", "peer_ms", ",.4g", "the peer's time for the same inputs, in the same rounds"),
         _PEER_SPEED,
         Column("differs", "differs", ".2g", "of Selections the share of positions that the peer has not chosen, of "
@@ -96,7 +97,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("decoded", "decoded", ",", "tokens generated after it"),
         Column("s", "decode_seconds", ",.4g", "seconds for those"),
         Column("tokens/s ", "decode_rate", ",.1f", "of decoding"),
-        Column("peak GB", "peak_gb", ",.2f", "most memory the process ever held"),
+        Column("peak GB", "peak_gb", ",.2f", "most memory the process ever held; on a GPU, in tensors"),
+        Column("held GB", "held_gb", ",.2f", "of that, weights and the cache of all tokens, as known beforehand"),
     ),
     "peer": (
         Column("engine", "engine", "", "each run is a process of its own"),

@@ -58,7 +58,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(ops.wide(x_TD), weight.shape, weight, bias, self.eps).to(x_TD.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors compare element by element; compilers hash what they see
 class Rotary:
     """Interleaved RoPE at given positions: pair i is (x_{2i}, x_{2i+1}) (architecture spec 2.3).
 

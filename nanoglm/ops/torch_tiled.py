@@ -99,7 +99,7 @@ def sort_keys(scores: Tensor, positions: Tensor) -> Tensor:
     """
     bits = (scores.float() + 0.0).view(torch.int32)
     monotone = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (monotone.long() << 32) + (0xFFFFFFFF - positions)
+    return ((monotone.long() + 1) << 32) - 1 - positions  # no constant of 64 bits: compilers count places in 32
 
 
 def top(scores: Tensor, k: int) -> Tensor:

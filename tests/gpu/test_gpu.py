@@ -73,10 +73,13 @@ def test_selections_differ_at_the_boundary_only(rows: int, fp8: bool) -> None:
         q, seen = q.double() * q_scale[..., None], seen.double() * scale[:, None]
     seen = seen.double()
     for row in range(rows):
-        scores = weights[row].double() @ (q[row].double() @ seen.T).relu()
+        pairs = (q[row].double() @ seen.T).relu()
+        scores = weights[row].double() @ pairs
         scores[int(batch.positions[row]) + 1 :] = -torch.inf
         least = scores.topk(2048).values[-1]
         margin = 1e-4 * abs(least)
+        if fp8:  # Hopper adds FP8 products up in some 14 bits, and heads may cancel
+            margin = 5e-4 * (weights[row].double().abs() @ pairs).max()
         assert int((scores > least + margin).sum()) == int((scores[found[row]] > least + margin).sum())
         assert bool((scores[found[row]] >= least - margin).all())
         assert bool((found[row].diff() > 0).all())

@@ -35,7 +35,7 @@ TILES = {
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])  # it changes from step to step: one kernel for all
 def _locate(selection, requests, table, rows, counts, selected, table_width, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Storage rows of a row's Selection and how many there are: attention then waits for one load, not for three."""
     t, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

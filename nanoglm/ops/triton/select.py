@@ -37,14 +37,14 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    "sm_90": Tiles(256, 64, 8192, 4, 2),
+    "sm_90": Tiles(256, 64, 32768, 4, 2),
     "sm_89": Tiles(128, 64, 4096, 4, 3),
     "gfx942": Tiles(128, 64, 4096, 4, 2),
     "portable": Tiles(64, 64, 1024, 4, 2),
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "table_width"])  # these change from step to step: one kernel for all
 def _score(
     q, weights, keys, scales, table, requests, positions, scores, peaks,
     rows, width, table_width, q_row, q_head, heads, dim, key_page, scale_page,
