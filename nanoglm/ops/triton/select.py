@@ -23,6 +23,7 @@ from nanoglm.ops.work import tally_pairs
 
 SCRATCH = 1 << 28  # elements of scores held at once
 FEW, SHORT = 64, 512  # rows up to which programs take only so many keys each: else they would not fill a card
+PLACES = 1024  # scores that a program of the top-k looks at together, when there are many rows
 FP8 = torch.float8_e4m3fn
 
 
@@ -236,7 +237,7 @@ def select(
     width = -(-max(lengths) // tiles.keys) * tiles.keys
     group = next((size for size in (64, 32, 16, 8) if size <= tiles.keys and width >= 4 * size * k), 1)
     step = min(rows, max(1, SCRATCH // width // together) * together)
-    chunk, places, warps = (tiles.chunk, 1024, 4) if rows > FEW or INTERPRETED else (SHORT, 4096, 16)
+    chunk, places, warps = (tiles.chunk, PLACES, 4) if rows > FEW or INTERPRETED else (SHORT, 4096, 16)
     scores = torch.empty(step, width, dtype=torch.float32, device=q.device)
     peaks = torch.empty(step, width // group if group > 1 else 0, dtype=torch.float32, device=q.device)
     positions_kept = torch.empty(scores.shape if group > 1 else (0,), dtype=torch.int32, device=q.device)
