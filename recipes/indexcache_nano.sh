@@ -9,12 +9,13 @@
 set -eu
 text=$1 out=$2
 shift 2
-seeds=${SEEDS:-0 1 2 3 4} trained=${AWARE_SEEDS:-0 1 2} here=$(dirname "$0")
+seeds=${SEEDS:-0 1 2 3 4} trained=${AWARE_SEEDS:-0 1 3} here=$(dirname "$0")
 stages=${*:-dense full search aware plain tables}
 tasks="recall 2hop 3hop 4hop" eighth=FSSSSSSSFSSS sequences=64 pretraining="" alone=200 together=400 least=2
 if [ "${QUICK:-}" ]; then
     seeds=0 trained=0 tasks=recall sequences=16 pretraining="--steps 800 --hops 0" alone=60 together=40 least=3
 fi
+steps=$together
 mkdir -p "$out"
 
 run() { # OUT COMMAND...: trains into OUT, unless that is done, and writes down how long it took
@@ -33,7 +34,11 @@ distil() { # SEED NAME PATTERN [OPTIONS]
     seed=$1 target=$out/$2-$1 pattern=$3
     shift 3
     run "$target" nanoglm indexcache distil "$out/dense-$seed" "$pattern" "$target" --text "$text" --tasks \
-        --topk 32 --warmup $alone --steps $together --seed $((seed + 100)) "$@"
+        --topk 32 --warmup $alone --steps "$steps" --seed $((seed + 100)) "$@"
+}
+
+gates() { # SEED: whether it matters what its all-Full model selects
+    nanoglm indexcache gates "$out/full-$1" --tasks $tasks --sequences $sequences --seed 2
 }
 
 found() { # SEED COUNT: what greedy found
@@ -48,10 +53,20 @@ for stage in $stages; do
                 --seed "$seed" $pretraining
         done
         ;;
-    full) for seed in $seeds; do distil "$seed" full FFFFFFFFFFFF; done ;;
+    full)
+        for seed in $seeds; do
+            for steps in $together $((2 * together)) $((3 * together)); do # until its gates are open
+                [ ! -d "$out/shut-$seed-$steps" ] || continue
+                distil "$seed" full FFFFFFFFFFFF
+                ! gates "$seed" || continue 2
+                mv "$out/full-$seed" "$out/shut-$seed-$steps"
+            done
+            echo "seed $seed: its gates stay shut, see $out/shut-$seed-*" >&2
+            exit 1
+        done
+        ;;
     search)
         for seed in $seeds; do
-            nanoglm indexcache gates "$out/full-$seed" --tasks $tasks --sequences $sequences --seed 2
             for count in $least 3; do # a sixth, and of every eighth the same number; a quarter
                 if [ $count -gt $least ] && [ ! -d "$out/search-$seed-$count" ]; then
                     cp -r "$out/search-$seed-$least" "$out/search-$seed-$count" # what was evaluated is known there too
@@ -69,6 +84,7 @@ for stage in $stages; do
         ;;
     aware)
         for seed in $trained; do
+            steps=$together
             distil "$seed" uniform4 FSSSFSSSFSSS
             distil "$seed" own4 FSSSFSSSFSSS --own-layer
             distil "$seed" greedy4 "$(found "$seed" 3)"
