@@ -38,6 +38,7 @@ def test_kernels_compile(name: str, architecture: str) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     backend, kind, warp, kilobytes = TARGETS[architecture]
     sys.path.insert(0, str(HERE))
@@ -53,7 +54,8 @@ def test_kernels_compile(name: str, architecture: str) -> None:
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind_ in types.items() if kind_.startswith("*") or kind_ == "i32"
         }  # fmt: skip
-        source = ASTSource(
+        language = GluonASTSource if kernel.is_gluon() else ASTSource
+        source = language(
             kernel, signature, {(names.index(name),): value for name, value in constants.items()}, aligned
         )
         done = triton.compile(source, target=GPUTarget(backend, kind, warp), options=options)

@@ -35,15 +35,30 @@ TILES = {
 }
 
 
-@triton.jit(do_not_specialize=["table_width"])  # it changes from step to step: one kernel for all
-def _locate(selection, requests, table, rows, counts, selected, table_width, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Storage rows of a row's Selection and how many there are: attention then waits for one load, not for three."""
+@triton.jit(do_not_specialize=["table_row"])  # it changes from step to step: one kernel for all
+def _locate(
+    selection, requests, table, rows, counts, selected, table_row, PAGE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     t, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    pages = table + tl.load(requests + t).to(tl.int64) * table_width
+    pages = table + tl.load(requests + t).to(tl.int64) * table_row
     s = tl.load(selection + t * selected + i, mask=i < selected, other=-1)
     row = tl.load(pages + s // PAGE, mask=s >= 0, other=0) * PAGE + s % PAGE
-    tl.store(rows + t * selected + i, row, mask=s >= 0)
+    tl.store(rows + t * selected + i, tl.where(s >= 0, row, -1), mask=i < selected)
     tl.store(counts + t, tl.sum((s >= 0).to(tl.int32)))
+
+
+def rows_of(selection: Tensor, requests: Tensor, table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Storage rows int32 [T, K] of a Selection, -1 at empty places, and how many each row has, int32 [T]: attention
+    then waits for one load, not for three."""
+    selection, table = selection.int().contiguous(), table.int().contiguous()
+    count, selected = selection.shape
+    rows, counts = torch.empty_like(selection), selection.new_empty(count)
+    if count:
+        _locate[(count,)](
+            selection, requests, table, rows, counts, selected, table.stride(0),
+            PAGE=page_size, BLOCK=triton.next_power_of_2(selected),
+        )  # fmt: skip
+    return rows, counts
 
 
 @triton.jit
@@ -121,7 +136,6 @@ def sparse_attention(
         work.rows_attended += int((selection >= 0).sum())
     q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
     latent, rope = (x if x.stride(1) == 1 else x.contiguous() for x in (latent, rope))
-    selection, table = selection.int().contiguous(), table.int().contiguous()
     out = torch.empty_like(q_latent)
     rows, heads, latent_dim = q_latent.shape
     if not rows:
@@ -135,11 +149,7 @@ def sparse_attention(
     if splits > 1:
         parts = torch.empty(rows, splits, heads, latent_dim, dtype=torch.float32, device=out.device)
         sums = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=out.device)
-    places, counts = torch.empty_like(selection), torch.empty(rows, dtype=torch.int32, device=out.device)
-    _locate[(rows,)](
-        selection, requests, table, places, counts, selected, table.shape[1],
-        PAGE=page_size, BLOCK=triton.next_power_of_2(selected),
-    )  # fmt: skip
+    places, counts = rows_of(selection, requests, table, page_size)
     grid = rows, triton.cdiv(heads, block), splits
     split, long = splits > 1, len(latent) * latent.stride(0) >= 1 << 31
     if special := _hopper(q_latent, rope):

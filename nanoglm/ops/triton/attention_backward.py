@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoglm.ops.triton.attention import rows_of
 from nanoglm.ops.triton.launch import INTERPRETED, power, tuned
 
 SCRATCH = 1 << 28  # bytes of scores and of contributions held at once
@@ -62,21 +63,6 @@ def tiles_of(x: Tensor) -> Tiles:
 
 
 # ------------------------------------------------------------------------------ scores
-@triton.jit
-def _rows_kernel(
-    selection, requests, table, table_row, rows, counts, K: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One query: the storage rows of what it selected, -1 at empty places, and how many there are."""
-    query = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    position = tl.load(selection + query * K + place, mask=place < K, other=-1)
-    valid = position >= 0
-    pages = table + tl.load(requests + query) * table_row
-    row = tl.load(pages + position // PAGE, mask=valid, other=0) * PAGE + position % PAGE
-    tl.store(rows + query * K + place, tl.where(valid, row, -1), mask=place < K)
-    tl.store(counts + query, tl.sum(valid.to(tl.int32), 0))
-
-
 @triton.jit
 def operand(pointers, mask, WIDE: tl.constexpr):
     """One side of a product, 0 outside the mask."""
@@ -234,15 +220,6 @@ def _add_runs_kernel(
 def lines(x: Tensor) -> Tensor:
     """x with the values of a row side by side, as kernels read them; mostly x itself."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def rows_of(selection: Tensor, requests: Tensor, table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Storage rows int32 [T, K] of a Selection, -1 at empty places, and how many each query has, int32 [T]."""
-    (count, k), selection, table = selection.shape, selection.contiguous(), lines(table)
-    rows, counts = torch.empty_like(selection), selection.new_empty(count)
-    if count:
-        _rows_kernel[(count,)](selection, requests, table, table.stride(0), rows, counts, k, page_size, power(k))
-    return rows, counts
 
 
 def launch_scores(

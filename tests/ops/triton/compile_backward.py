@@ -20,10 +20,7 @@ def case(kernel: Any, types: str, constants: dict[str, Any], warps: int, stages:
 
 def cases(architecture: str) -> list[Case]:
     tiles = attention_backward.TILES.get(architecture, attention_backward.TILES["portable"])
-    found = [
-        case(attention_backward._rows_kernel, "*i32 *i64 *i32 i32 *i32 *i32", {"K": K, "PAGE": page, "BLOCK": K}, 4)
-        for page in (1, 64)
-    ]
+    found = []
     for grad in (True, False):  # attention's gradients, and a teacher of the indexers
         tile = tiles.scores
         constants = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanoglm.ops.triton import attention, select
+from nanoglm.ops.triton import attention, hopper, select
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
@@ -27,7 +27,7 @@ def cases(architecture: str) -> list[Case]:
         {"scores": "fp32", "peaks": "fp32", "places": "i32", "positions": "i64", "out": "i32"}, "width k"
     )
     located = signature(
-        {"selection": "i32", "requests": "i64", "table": "i32", "rows": "i32", "counts": "i32"}, "selected table_width"
+        {"selection": "i32", "requests": "i64", "table": "i32", "rows": "i32", "counts": "i32"}, "selected table_row"
     )
     attended = signature(
         {"q_latent": "bf16", "q_rope": "bf16", "latent": "bf16", "rope": "bf16", "rows": "i32", "counts": "i32",
@@ -53,6 +53,10 @@ def cases(architecture: str) -> list[Case]:
             "LONG": False, "WIDE": False, "STAGES": attention_tiles.stages,
         }  # fmt: skip
         out = attended | ({"out": "*fp32"} if split else {})
+        if architecture == "sm_90":
+            fixed = {name: kind for name, kind in out.items() if name not in ("latent_dim", "rope_dim")}
+            shape = {"HEADS": 64, "LATENT": 512, "ROPE": 64, "KEYS": attention_tiles.keys}
+            found.append((hopper.attend, fixed, shape | {"SPLIT": split, "LONG": False}, {"num_warps": 8}))
         found.append((attention._attend, out, constants, {"num_warps": attention_tiles.warps}))
     for places, warps in ((1024, 4), (4096, 16)):
         found.append((select._choose, chosen, {"GROUP": 16, "PLACES": places}, {"num_warps": warps}))
