@@ -31,8 +31,8 @@ class PagedCache:
 
     Args:
         config: gives layers and widths. pages: how many pages of 64 tokens to hold.
-        dtype, device: of the pools. index_dtype: of index keys, if another: int8 is smaller and faster and selects
-            a little less exactly.
+        dtype, device: of the pools. index_dtype: of index keys, if another: int8 on a CPU and FP8 on
+            a GPU are smaller and faster and select a little less exactly.
     """
 
     def __init__(

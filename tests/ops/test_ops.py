@@ -226,3 +226,12 @@ def test_paged_store_writes_where_the_table_says() -> None:
     cache.write_latent(0, values, torch.zeros(73, config.qk_rope_head_dim), batch)
     rows = cache.latent(0)[0][batch.slots]
     assert torch.equal(rows, values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page", "expected"),
+    [(torch.float8_e4m3fn, 64, "NVIDIA GPU"), (torch.int8, 32, "pages of 64 on the CPU")],
+)
+def test_index_keys_are_quantised_where_there_is_a_kernel(dtype: torch.dtype, page: int, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        ops.index_pool(2, page, 16, dtype, "cpu")
