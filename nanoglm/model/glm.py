@@ -45,7 +45,10 @@ class Backbone(nn.Module):
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn here: on the meta device PyTorch would load its whole compiler for that.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         layers: list[DecoderLayer] = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         if config.num_nextn_predict_layers:
             layers.append(MTPLayer(config))  # its index is num_hidden_layers, as in the checkpoint
