@@ -5,7 +5,8 @@
 #   make test      checks and the quick tests    make test-all  also the slow ones
 #   make lint      checks alone                  make venv      the environment alone
 #   make gpu       a GPU's tests and benchmarks, figures into GPU_OUT; with GPU_PYTHON=INTERPRETER in an
-#                  environment of your own that has PyTorch for your card, Triton, pytest and hypothesis
+#                  environment of your own that has PyTorch for your card, Triton, hypothesis, pytest, its
+#                  xdist and timeout
 # Settings: VENV=DIR (default .venv), PYTHON=INTERPRETER (default python3.11, else python3).
 
 VENV ?= .venv

@@ -58,7 +58,13 @@ for stage in $stages; do
             for steps in $together $((2 * together)) $((3 * together)); do # until its gates are open
                 [ ! -d "$out/shut-$seed-$steps" ] || continue
                 distil "$seed" full FFFFFFFFFFFF
-                ! gates "$seed" || continue 2
+                code=0
+                gates "$seed" || code=$?
+                case $code in
+                0) continue 2 ;;
+                1) ;; # shut
+                *) exit $code ;;
+                esac
                 mv "$out/full-$seed" "$out/shut-$seed-$steps"
             done
             echo "seed $seed: its gates stay shut, see $out/shut-$seed-*" >&2

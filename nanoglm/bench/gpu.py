@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -71,11 +72,13 @@ def bench_gpu(
             CPU's ops, to see that all of it runs.
 
     Raises:
-        InputError: no GPU, or too few rounds.
+        InputError: no GPU, no Triton, or too few rounds.
     """
     check_rounds(rounds)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("no GPU is to be seen; expected one that PyTorch can use")
+    if find_spec("triton") is None:
+        raise InputError("triton is not installed; expected pip install triton, which comes with PyTorch for a GPU")
     torch.manual_seed(0)
     result = Result("gpu", rounds)
     if device == "cuda":

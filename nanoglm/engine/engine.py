@@ -163,7 +163,8 @@ class Engine:
         ]
         self.runner.draft([r for r in requests if depths.get(r) or r in late], depths)
         alike = all(r.depth is None and len(r.outputs) > 1 for r in requests)
-        if self.depth is not None and alike and (common or not late):
+        graphs = self.runner.graphs
+        if self.depth is not None and alike and (common or not late) and not (graphs and graphs.capturing):
             verified = max(work.drafts for work in works)
             self.depth.took(going, verified, verifying, common, time.perf_counter() - began)
 

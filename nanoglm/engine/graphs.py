@@ -2,11 +2,13 @@
 
 A graph repeats the same launches on the same memory. So ids, positions and page tables lie in tensors of its own, which
 a step fills; what kernels take as plain numbers must not change from step to step: how many requests, how many rows of
-each, and a bound on the pages they hold. For each such shape there is a graph, captured when it is first needed.
+each, and a bound on the pages they hold. For each such shape there is a graph, captured when it has come often enough
+to pay.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +22,10 @@ from nanoglm.ops.work import tally
 
 MOST_ROWS = 64  # of a step; beyond that launches are not what takes the time
 MOST_OF_ONE = 8  # of a request: a token and its drafts; parts of prompts come in too many sizes
+
+
+OFTEN = 4  # steps of a shape before it is captured, which takes as long as some of them
+MOST_GRAPHS = 64
 
 
 class Captured(NamedTuple):
@@ -39,11 +45,14 @@ class Graphs:
     def __init__(self, model: GLM, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.captured: dict[tuple[int, int, int], Captured] = {}
+        self.came: Counter[tuple[int, int, int]] = Counter()
+        self.capturing = False  # whether the last step captured one: its time says nothing
         self.pool: Any = None  # their memory: they never run at once
 
     def run(self, ids: Tensor, batch: Batch) -> Tensor | None:
         """Hidden states [T, D] of a pass over ids int64 [T]; None if it is no step for a graph: requests with unlike
-        numbers of rows, or many rows."""
+        numbers of rows, many rows, or what has not come often yet."""
+        self.capturing = False
         requests, rows = len(batch.lengths), len(ids)
         count = rows // requests
         if (
@@ -55,14 +64,19 @@ class Graphs:
             return None
         pages = 1 << max(4, (batch.table.shape[1] - 1).bit_length())
         key = requests, count, pages
-        if key not in self.captured:
-            self.captured[key] = self._capture(ids, batch, pages)
-        graph = self.captured[key]
-        graph.ids.copy_(ids)
-        graph.positions.copy_(batch.positions)
-        graph.table[:, : batch.table.shape[1]].copy_(batch.table)
-        graph.replay()
-        return graph.hidden.clone()
+        self.came[key] += 1
+        with torch.cuda.device(ids.device):
+            if key not in self.captured:
+                if self.came[key] < OFTEN or len(self.captured) == MOST_GRAPHS:
+                    return None
+                self.capturing = True
+                self.captured[key] = self._capture(ids, batch, pages)
+            graph = self.captured[key]
+            graph.ids.copy_(ids)
+            graph.positions.copy_(batch.positions)
+            graph.table[:, : batch.table.shape[1]].copy_(batch.table)
+            graph.replay()
+            return graph.hidden.clone()
 
     def _capture(self, ids: Tensor, batch: Batch, pages: int) -> Captured:
         ids, positions, requests = ids.clone(), batch.positions.clone(), batch.requests.clone()

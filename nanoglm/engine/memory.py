@@ -9,6 +9,7 @@ import torch
 from nanoglm.cache import PAGE, PagedCache
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
+from nanoglm.ops import scratch
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def share(
         + config.q_lora_rank + config.index_n_heads * config.index_head_dim + 2 * config.index_topk + 3 * width
     )  # fmt: skip
     logits = 3 * most * (drafts + 1) * config.vocab_size
-    workspace = 4 * (budget * row + logits)  # in fp32 at most
+    workspace = 4 * (budget * row + logits) + scratch(weight.device)  # in fp32 at most
     pages = int((total - weights - workspace) // page)
     if pages < 1:
         raise InputError(

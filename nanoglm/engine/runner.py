@@ -17,6 +17,7 @@ from nanoglm.engine.scheduler import Work
 from nanoglm.engine.speculative import propose
 from nanoglm.model import GLM
 from nanoglm.model.step import Pass
+from nanoglm.ops import captures
 
 
 class Runner:
@@ -29,7 +30,7 @@ class Runner:
     def __init__(self, model: GLM, cache: PagedCache, drafting: bool) -> None:
         self.model, self.cache, self.drafting = model, cache, drafting
         self.device = model.lm_head.weight.device
-        self.graphs = Graphs(model, cache) if self.device.type == "cuda" else None
+        self.graphs = Graphs(model, cache) if captures(model.lm_head.weight) else None
         self.pairs = 0  # (query, key) that one decoder layer saw
 
     def run(self, works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:

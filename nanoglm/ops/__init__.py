@@ -28,9 +28,9 @@ from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu, wide
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
-    "Batch", "Work", "attention_of", "cache_append", "count_work", "dense_attention", "experts", "experts_int8",
-    "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise", "rms_norm",
-    "rotate", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
+    "Batch", "Work", "attention_of", "cache_append", "captures", "count_work", "dense_attention", "experts",
+    "experts_int8", "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise", "rms_norm",
+    "rotate", "scratch", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
 ]  # fmt: skip
 
 
@@ -51,9 +51,20 @@ def _gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         kernels = _triton()
-        return getattr(kernels, name, plain)(*arguments)
+        with torch.cuda.device(arguments[0].device):  # Triton launches on whichever is current
+            return (getattr(kernels, name) if kernels else plain)(*arguments)
 
     return run
+
+
+def captures(weight: Tensor) -> bool:
+    """Whether the ops of a model with such weights never wait for the device: its passes can be captured as a graph."""
+    return weight.is_cuda and (kernels := _triton()) is not None and weight.dtype in kernels.DTYPES
+
+
+def scratch(device: torch.device) -> int:
+    """Bytes that an op holds at most beside what it takes and returns, where that is much."""
+    return int(kernels.scratch()) if device.type == "cuda" and (kernels := _triton()) else 0
 
 
 def _gpu_rows(*tensors: Tensor) -> Any:
@@ -162,7 +173,7 @@ _sparse_attention.register_kernel("cuda")(_gpu("sparse_attention", torch_tiled.s
 
 @_sparse_attention.register_fake
 def _(q_latent: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(q_latent)
+    return q_latent.new_empty(q_latent.shape)
 
 
 @torch.library.custom_op("nanoglm::sparse_attention_backward", mutates_args=())
@@ -366,9 +377,9 @@ def index_pool(
 @torch.library.custom_op("nanoglm::index_append", mutates_args=("pool",))
 def _index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     if pool.is_cuda and pool.dtype == torch.uint8 and (kernels := _triton()):
-        return kernels.index_append(pool, keys, slots)
+        kernels.index_append(pool, keys, slots)
+        return
     (torch_tiled.cache_append if pool.ndim == 3 else cpu.append_packed)(pool, keys, slots)
-    return None
 
 
 @_index_append.register_fake

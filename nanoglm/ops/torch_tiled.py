@@ -219,7 +219,7 @@ def sparse_attention(
     q_latent [T, H, C], q_rope [T, H, R], latent [N, C], rope [N, R], selection int32 [T, K].
     Returns the attended latent [T, H, C]. Softmax and sums in fp32.
     """
-    out = torch.empty_like(q_latent)
+    out = q_latent.new_empty(q_latent.shape)
     tiles = _tiles(q_latent.shape[0], selection.shape[1] * (latent.shape[1] + rope.shape[1]))
     for begin in tiles:
         end = min(begin + tiles.step, q_latent.shape[0])

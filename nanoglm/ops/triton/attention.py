@@ -151,7 +151,7 @@ def sparse_attention(
         sums = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=out.device)
     places, counts = rows_of(selection, requests, table, page_size)
     grid = rows, triton.cdiv(heads, block), splits
-    split, long = splits > 1, len(latent) * latent.stride(0) >= 1 << 31
+    split, long = splits > 1, len(latent) * max(latent.stride(0), rope.stride(0)) >= 1 << 31
     if special := _hopper(q_latent, rope):
         special.attend[grid](
             q_latent, q_rope, latent, rope, places, counts, parts, sums,

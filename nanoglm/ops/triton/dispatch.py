@@ -22,6 +22,11 @@ def alike(*tensors: Tensor) -> bool:
     return tensors[0].dtype in DTYPES and all(x.dtype is tensors[0].dtype for x in tensors)
 
 
+def scratch() -> int:
+    """Bytes that scoring holds at most."""
+    return 8 * scoring.SCRATCH
+
+
 def direct(*tensors: Tensor) -> ModuleType | None:
     """The kernels of :mod:`rows`, if no gradient is asked for."""
     if not alike(*tensors):

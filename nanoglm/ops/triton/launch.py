@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
 # Read when kernels are decorated, as triton.jit itself does. The interpreter runs them on CPU tensors; its products
 # and sums of bf16 are wrong without a word, so kernels take WIDE, which makes them compute in fp32 there.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 T = TypeVar("T")
+
+
+def on(x: Tensor) -> AbstractContextManager[object]:
+    """Within: launches go to the device of x, not to whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def architecture(device: torch.device) -> str:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoglm.ops.triton.launch import power
+from nanoglm.ops.triton.launch import on, power
 
 BLOCK = 1024
 
@@ -32,7 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         kernel: Any = _rms_norm
-        kernel[(x.shape[0],)](x, weight, y, x.stride(0), x.shape[1], eps, DIM=power(x.shape[1]), num_warps=4)
+        with on(x):
+            kernel[(x.shape[0],)](x, weight, y, x.stride(0), x.shape[1], eps, DIM=power(x.shape[1]), num_warps=4)
     return y
 
 
@@ -57,10 +58,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads, head_step = (1, 0) if x.ndim == 2 else (x.shape[1], x.stride(1))
     if count := x.numel() // 2:
         kernel: Any = _rotate
-        kernel[(triton.cdiv(count, BLOCK),)](
-            x, cos.contiguous(), sin.contiguous(), y, x.stride(0), head_step, heads, x.shape[-1] // 2, count,
-            BLOCK=BLOCK,
-        )  # fmt: skip
+        with on(x):
+            kernel[(triton.cdiv(count, BLOCK),)](
+                x, cos.contiguous(), sin.contiguous(), y, x.stride(0), head_step, heads, x.shape[-1] // 2, count,
+                BLOCK=BLOCK,
+            )  # fmt: skip
     return y
 
 
@@ -76,5 +78,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, both contiguous and of one shape; in fp32, one cast."""
     y = torch.empty_like(gate)
     if count := gate.numel():
-        _swiglu[(triton.cdiv(count, BLOCK),)](gate, up, y, count, BLOCK=BLOCK)
+        with on(gate):
+            _swiglu[(triton.cdiv(count, BLOCK),)](gate, up, y, count, BLOCK=BLOCK)
     return y

@@ -21,7 +21,7 @@ from torch import Tensor
 from nanoglm.ops.triton.launch import INTERPRETED, power, tuned
 from nanoglm.ops.work import tally_pairs
 
-SCRATCH = 1 << 28  # elements of scores held at once
+SCRATCH = 1 << 28  # elements of scores held at once, and as many places
 FEW, SHORT = 64, 512  # rows up to which programs take only so many keys each: else they would not fill a card
 PLACES = 1024  # scores that a program of the top-k looks at together, when there are many rows
 FP8 = torch.float8_e4m3fn
@@ -103,9 +103,10 @@ def _score(
 
 @triton.jit
 def _ordered(score):
-    """Bits of fp32 scores as int32 in the order of the scores; -0.0 is +0.0."""
+    """Bits of fp32 scores as int32 in the order of the scores; -0.0 is +0.0. Below the greatest int32, so that one more
+    is more: a NaN may have those bits."""
     bits = score.to(tl.int32, bitcast=True)
-    return tl.where(score == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(score == 0.0, 0, tl.minimum(bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFE))
 
 
 @triton.jit
@@ -201,7 +202,8 @@ def _choose(
             equal = ((bits == least) & inside).to(tl.int32)
             kept = ((bits > least) & inside) | ((equal > 0) & (equal_before + tl.cumsum(equal, 0) <= room))
             at = tl.where(narrowed, tl.load(places + begin + i, mask=inside & narrowed, other=0), begin + i)
-            tl.store(out + kept_before + tl.cumsum(kept.to(tl.int32), 0) - 1, at, mask=kept)
+            slot = kept_before + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(out + slot, at, mask=kept & (slot < k))  # whatever scores are, nothing beyond the row
             equal_before += tl.sum(equal)
             kept_before += tl.sum(kept.to(tl.int32))
 
@@ -237,7 +239,7 @@ def select(
     width = -(-max(lengths) // tiles.keys) * tiles.keys
     group = next((size for size in (64, 32, 16, 8) if size <= tiles.keys and width >= 4 * size * k), 1)
     step = min(rows, max(1, SCRATCH // width // together) * together)
-    chunk, places, warps = (tiles.chunk, PLACES, 4) if rows > FEW or INTERPRETED else (SHORT, 4096, 16)
+    chunk, places, warps = (tiles.chunk, PLACES, 4) if rows > FEW else (SHORT, 4 * PLACES, 16)
     scores = torch.empty(step, width, dtype=torch.float32, device=q.device)
     peaks = torch.empty(step, width // group if group > 1 else 0, dtype=torch.float32, device=q.device)
     positions_kept = torch.empty(scores.shape if group > 1 else (0,), dtype=torch.int32, device=q.device)

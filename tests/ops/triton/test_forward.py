@@ -61,10 +61,11 @@ def test_select_equals_reference(device, batch_rows, heads, dim, k, dtype, kind,
 @drawn
 @given(
     st.integers(1, 3000), st.integers(1, 8), st.integers(1, 40), DTYPES, st.floats(0, 1), st.floats(0, 1),
-    st.sampled_from([1, 8, 100]), st.sampled_from([1, 64]), st.sampled_from([64, 1024]), st.integers(0, 99),
+    st.sampled_from([1, 8, 100]), st.sampled_from([1, 64]), st.sampled_from([64, 1024]), st.sampled_from([0, 64]),
+    st.integers(0, 99),
 )  # fmt: skip
 def test_select_looks_into_the_best_groups_only(
-    device, length, rows, k, dtype, zeros, negative, most, page, places, seed
+    device, length, rows, k, dtype, zeros, negative, most, page, places, few_rows, seed
 ) -> None:
     """Long rows of few kept: scores of both signs, a crowd of zeros below, at and above the least that is kept."""
     torch.manual_seed(seed)
@@ -78,7 +79,8 @@ def test_select_looks_into_the_best_groups_only(
     storage = torch.full((len(pages) * page, 2), torch.nan, dtype=dtype)
     at = torch.arange(length)
     storage[pages[at // page] * page + at % page] = keys
-    with patch.object(select, "PLACES", places):  # what is listed may take several turns
+    # What is listed may take several turns; and as launched for few rows, and for many.
+    with patch.object(select, "PLACES", places), patch.object(select, "FEW", few_rows):
         found = run_select(q, weights, storage, batch, k, device)
     assert torch.equal(found, reference.select(q, weights, storage, batch, k))
 
@@ -108,6 +110,21 @@ def test_fp8_select_equals_reference_of_what_fp8_stands_for(device, length, rows
         equal_but_at_the_boundary(found, expected, q, weights, keys, batch)
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000], ids=hex)
+@pytest.mark.parametrize("count", [1, 30])
+def test_scores_that_are_no_numbers_write_nothing_beyond_the_row(device, bits: int, count: int) -> None:
+    """A GPU's own NaN has the greatest bits there are; numpy's, which the interpreter makes, has others."""
+    scores, n, k = torch.randn(1, 256), 200, 8
+    scores.view(torch.int32)[0, 17 : 17 + count] = bits
+    out = torch.full((40, k), -7, dtype=torch.int32, device=device)
+    scores, positions = scores.to(device), torch.tensor([n - 1], device=device)
+    places = torch.empty(1, 256, dtype=torch.int32, device=device)
+    select._choose[(1,)](scores, scores, places, positions, out, 256, k, GROUP=1, PLACES=64)
+    assert bool((out[1:] == -7).all())
+    found = out[0].tolist()
+    assert found == sorted(set(found)) and found[0] >= 0 and found[-1] < n
 
 
 def test_select_of_nothing(device: torch.device) -> None:
