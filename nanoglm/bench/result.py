@@ -147,8 +147,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("attention", "form", "", "masked: unselected keys are masked; sparse: selected ones are gathered; "
                "dense: all keys, and no indexers"),
         Column("tokens", "length", ",", "length of the one sequence"),
-        Column("s", "seconds", ",.4g", "forward and backward with the indexers' KL (dense: without); on a CPU each in its own "
-               "process"),
+        Column("s", "seconds", ",.4g", "forward and backward with the indexers' KL (dense: without); on a CPU each in "
+               "its own process"),
         *_SPREAD,
         Column("tokens/s", "rate", ",.0f", "of those"),
         Column("peak GB", "peak_gb", ",.2f", "most memory a process ever held; on a GPU, in tensors"),

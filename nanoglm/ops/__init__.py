@@ -29,8 +29,8 @@ from nanoglm.ops.work import Work, count_work
 
 __all__ = [
     "Batch", "Work", "attention_of", "cache_append", "captures", "count_work", "dense_attention", "experts",
-    "experts_int8", "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise", "rms_norm",
-    "rotate", "scratch", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
+    "experts_int8", "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise",
+    "rms_norm", "rotate", "scratch", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
 ]  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def _gpu(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         kernels = _triton()
-        with torch.cuda.device(arguments[0].device):  # Triton launches on whichever is current
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on whichever is current
             return (getattr(kernels, name) if kernels else plain)(*arguments)
 
     return run

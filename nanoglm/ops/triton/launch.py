@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 def on(x: Tensor) -> AbstractContextManager[object]:
     """Within: launches go to the device of x, not to whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device_of(x)
 
 
 def architecture(device: torch.device) -> str:
