@@ -1,4 +1,4 @@
-"""``nanoglm bench gpu``: each op on a GPU as a share of the card's limit; layers, a million tokens and training.
+"""``nanoglm bench gpu``: each op on a GPU as a share of the card's limit; models are in ``gpu_models``.
 
 Also ``python -m nanoglm.bench.gpu FILE``, which needs no command line's libraries. A limit is the longer of the time
 that an op's operations take at the rate of a large bf16 product and the time its bytes take at the rate of a large
@@ -7,46 +7,31 @@ copy, both measured beside it. Bytes of a gather count every selected row, cache
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import nanoglm
 from nanoglm import ops
-from nanoglm.bench.cost import work
+from nanoglm.bench.device import Run, free, timed
+from nanoglm.bench.gpu_models import curve, million, stack, training
 from nanoglm.bench.ops import FLOPS, difference
 from nanoglm.bench.result import Result, Row
-from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, random_ids, with_pattern
-from nanoglm.bench.timing import Progress, Sample, check_rounds, seconds_of
+from nanoglm.bench.timing import Progress, Sample, check_rounds
 from nanoglm.cache import PAGE
-from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
-from nanoglm.model import GLM, Attention
 from nanoglm.ops import Batch, torch_tiled
-from nanoglm.train.data import Sample as Tokens
-from nanoglm.train.data import Tokens as Text
-from nanoglm.train.objective import backward
-from nanoglm.train.precision import low_copy
-from nanoglm.train.recipe import Recipe, dense, indexer_warmup, long
-from nanoglm.train.trainer import Keep, train
 
 LENGTH = 131_072  # keys that the ops see
-CHUNK = 8192  # rows of a prefill's pass
-Run = Callable[[], Any]
 
 
 class Op(NamedTuple):
@@ -95,54 +80,18 @@ def bench_gpu(
                     rows.append(row_of(op, rounds, limits))
                 except torch.OutOfMemoryError:
                     result.notes.append(f"{op.name}: more memory than the card has")
-                _free()
+                free()
     for table, run in (("prefill", stack), ("run", million), ("step", training), ("curve", curve)):
         progress(run.__name__, 0.5)
         try:
             result.rows[table] = run(rounds, shrink, device)
         except torch.OutOfMemoryError:
             result.notes.append(f"{run.__name__}: more memory than the card has")
-        _free()
+        free()
     return result
 
 
-# ------------------------------------------------------------------------------- timing
-def timed(run: Run, rounds: int, least: float = 4.0, graph: bool = True) -> Sample:
-    """Seconds of one call: median, fastest, slowest of the rounds, by the device's own clock.
-
-    Calls are replayed as a graph unless told otherwise, so that launches by Python are not what is measured.
-    """
-    for _ in range(2):
-        run()
-    call = captured(run) if graph else run
-    repeats = max(1, round(least / max(elapsed(call, 1), 1e-3)))
-    return Sample.of([elapsed(call, repeats) / repeats / 1e3 for _ in range(rounds)])
-
-
-def captured(run: Run) -> Run:
-    """A replay of the call, which must not wait for the device in between."""
-    if not torch.cuda.is_available():
-        return run
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def elapsed(run: Run, repeats: int) -> float:
-    """Milliseconds on the device, if there is one."""
-    if not torch.cuda.is_available():
-        return seconds_of(run, repeats) * repeats * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end)
-
-
+# ------------------------------------------------------------------------------- limits
 def measure_ceilings(rounds: int, shrink: int) -> tuple[list[Row], dict[str, float]]:
     """Rows of the table, and operations and bytes a second: of a bf16 product and of a copy, on random numbers."""
     side = 8192 // shrink
@@ -179,16 +128,6 @@ def row_of(op: Op, rounds: int, limits: dict[str, float]) -> Row:
         if isinstance(ours, Tensor) and ours.shape == theirs.shape:
             row["differs"] = difference(ours, theirs)
     return row
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_gb() -> float | None:
-    """The most memory that tensors took since then."""
-    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
 
 def _times(sample: Sample) -> Row:
@@ -348,114 +287,6 @@ def gradients(length: int, shrink: int) -> Iterator[Op]:
         partial(torch.ops.nanoglm.experts_backward.default, *arguments), 8 / 3 * 6.0 * rows * 8 * width * hidden, 0.0,
         partial(torch_tiled.experts_backward, *arguments), "a loop over experts", True,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- models
-def stack(rounds: int, shrink: int, device: str) -> list[Row]:
-    """A prefill of 200K tokens through four layers of GLM-5.2's widths (32 experts a layer), both patterns in turns."""
-    real = GLMConfig.preset(
-        "glm-5.2", num_hidden_layers=4, first_k_dense_replace=0, n_routed_experts=32, vocab_size=4096,
-        num_nextn_predict_layers=0, eos_token_id=[1], pad_token_id=0,
-    )  # fmt: skip
-    config = real if shrink == 1 else bench_nano()
-    length = 204_800 // shrink // PAGE * PAGE
-    subjects = {p: Subject(with_pattern(config, p), length, device=device) for p in PATTERNS}
-    ids = random_ids(config, length)
-    seconds: dict[str, list[float]] = {p: [] for p in PATTERNS}
-    for turn in range(max(3, rounds // 2) + 1):  # the first is to warm
-        for pattern in PATTERNS[:: -1 if turn % 2 else 1]:
-            spent = _prefill(subjects[pattern], ids)
-            if turn:
-                seconds[pattern].append(spent)
-    found: list[Row] = []
-    for pattern in PATTERNS:
-        median, low, high = Sample.of(seconds[pattern])
-        found.append({"length": length, "pattern": pattern, "seconds": median, "low": low, "high": high})
-    found[1]["speed_up"] = Sample.of([a / b for a, b in zip(*seconds.values(), strict=True)]).median
-    scored = [work(subjects[p].config, length)[1] for p in PATTERNS]  # of the last layer one row is wanted
-    found[1]["limit"] = scored[0] / scored[1]
-    return found
-
-
-def _prefill(subject: Subject, ids: list[int]) -> float:
-    """Seconds."""
-    subject.reset()
-    return elapsed(lambda: subject.feed(ids, CHUNK), 1) / 1e3
-
-
-def million(rounds: int, shrink: int, device: str) -> list[Row]:
-    """One prefill of a million tokens of bench-nano with IndexShare, then 64 tokens decoded."""
-    config, length = with_pattern(bench_nano(), "IndexShare"), (1 << 20) // shrink
-    subject = Subject(config, length + PAGE, device=device)
-    held = subject.cache.bytes_per_token * length + sum(p.nbytes for p in subject.model.parameters())
-    ids = random_ids(config, length)
-    subject.feed(ids[: 2 * CHUNK], CHUNK)
-    subject.feed([7])  # kernels are compiled when they are first needed
-    _reset_peak()
-    seconds = _prefill(subject, ids)
-    decoding = elapsed(partial(subject.feed, [7]), 64) / 1e3
-    return [{
-        "length": length, "seconds": seconds, "rate": length / seconds, "decoded": 64, "decode_seconds": decoding,
-        "decode_rate": 64 / decoding, "peak_gb": _peak_gb(),
-        "held_gb": held / 1e9,
-    }]  # fmt: skip
-
-
-def training(rounds: int, shrink: int, device: str) -> list[Row]:
-    """Forward and backward of the preset mini in bf16, one sequence a step: dense attention without indexers; and under
-    Selections with the indexers' KL, what is not selected masked, or not read."""
-    table: list[Row] = []
-    forms: tuple[tuple[Attention, int], ...] = (
-        ("masked", 8192), ("sparse", 8192), ("dense", 32_768), ("sparse", 32_768), ("dense", 131_072),
-        ("sparse", 131_072),
-    )  # fmt: skip
-    for form, length in forms:
-        length //= shrink
-        with torch.device(device):
-            model = low_copy(GLM(GLMConfig.preset("mini")).initialise(0))
-        stage = dense(1.0, length) if form == "dense" else replace(long(1.0, length), attention=form)
-        recipe = Recipe(steps=1, tokens=length, stages=(stage,), mtp_depths=1)
-        ids = torch.tensor(random_ids(model.config, length + 1), device=device)[None]
-        run = partial(backward, model, Tokens.of(ids), recipe, 0)
-        try:
-            run()
-            _reset_peak()
-            spent = Sample.of([elapsed(run, 1) / 1e3 for _ in range(3)])
-        except torch.OutOfMemoryError:
-            table.append({"form": f"{form}: more memory than the card has", "length": length})
-        else:
-            table.append({
-                "form": form, "length": length, "seconds": spent.median, "low": spent.low, "high": spent.high,
-                "rate": length / spent.median, "peak_gb": _peak_gb(),
-            })  # fmt: skip
-        del model, run
-        _free()
-    return table
-
-
-def curve(rounds: int, shrink: int, device: str) -> list[Row]:
-    """The preset mini trained in bf16 on this package's own source, byte by byte: dense, then indexers, then sparse."""
-    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(nanoglm.__file__).parent.rglob("*.py")))
-    text = Text.of(np.frombuffer(source.encode(), np.uint8).astype(np.uint16))
-    length = 2048 // shrink
-    recipe = Recipe(
-        "mini", steps=max(8, 320 // shrink), tokens=16 * length, dtype="bfloat16", rate=4e-3,
-        stages=(dense(0.6, length), indexer_warmup(0.1, length), long(0.3, 4 * length)),
-    )  # fmt: skip
-    with torch.device(device):
-        model = GLM(GLMConfig.preset("mini")).initialise(0)
-    with TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"
-        train(model, text, recipe, Keep(log=log, log_every=max(1, recipe.steps // 20), quiet=True))
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [line | {"rate": recipe.tokens * (line["step"] + 1) / line["seconds"]} for line in lines]
-
-
-def _free() -> None:
-    """Gives back what tensors no longer need."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

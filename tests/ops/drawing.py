@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -50,3 +53,30 @@ def equal_but_at_the_boundary(found: Tensor, expected: Tensor, q: Tensor, weight
         scores = weights[row] @ pairs
         gap = abs(min(scores[list(a - b)]) - min(scores[list(b - a)]))
         assert len(a) == len(b) and gap < 1e-5 * (weights[row].abs() @ pairs).max()  # heads may cancel
+
+
+def draw_selection(positions: list[int], k: int) -> Tensor:
+    """Drawn positions of what rows that stand there see, int32 [T, k], ascending, -1 behind them; every second row as
+    many as it can, the others often fewer."""
+    chosen = torch.full((len(positions), k), -1, dtype=torch.int32)
+    for row, position in enumerate(positions):
+        some = torch.randperm(position + 1)[: k if row % 2 else torch.randint(1, k + 1, ())].sort().values
+        chosen[row, : len(some)] = some.int()
+    return chosen
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """By the norm, against that of what is expected."""
+    difference = (found.cpu().double() - expected).norm()
+    return float(difference / expected.norm().clamp(min=1e-3))
+
+
+@contextmanager
+def deterministic(asked: bool) -> Iterator[None]:
+    """Within: PyTorch's own switch."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(asked)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

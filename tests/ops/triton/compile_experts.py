@@ -10,8 +10,7 @@ D, W = 6144, 2048
 POINTERS = {"ids": "*i64", "weights": "*fp32", "d_weights": "*fp32"} | dict.fromkeys(
     ["order", "borders", "tiles"], "*i32"
 )
-SIZES = {"dim", "width", "size", "outputs", "inputs"}
-NUMBERS = {*SIZES, "slots", "bound", "choices"}
+NUMBERS = {"dim", "width", "size", "outputs", "inputs", "slots", "bound", "choices"}
 
 
 def cases(architecture: str, dtype: str = "bf16") -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -46,12 +45,3 @@ def cases(architecture: str, dtype: str = "bf16") -> list[tuple[Any, dict[str, s
         constants |= {"EVEN_ROWS": True, "EVEN_COLUMNS": True} | wide
         found.append(case(kernels._weight_gradient, constants, tile.warps, tile.stages))
     return found
-
-
-def attributes(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
-    """ASTSource's attrs for what a launch would find: pointers and this model's sizes are multiples of 16."""
-    return {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and name in SIZES)
-    }

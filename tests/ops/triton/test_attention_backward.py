@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.drawing import apart, deterministic, draw_selection
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -40,32 +39,13 @@ def batches(draw: st.DrawFn) -> tuple[Batch, int]:
     return Batch.build(counts, lengths, pages.view(len(counts), wide).int(), page), (wide * len(counts) + 2) * page
 
 
-def draw_selection(batch: Batch, k: int, storage: int) -> tuple[Tensor, Tensor]:
+def selected(batch: Batch, k: int, storage: int) -> tuple[Tensor, Tensor]:
     """A Selection of each row, and which storage rows none selects."""
-    chosen = torch.full((batch.borders[-1], k), -1, dtype=torch.int32)
-    for row, position in enumerate(batch.positions.tolist()):
-        some = torch.randperm(position + 1)[: k if row % 2 else torch.randint(1, k + 1, ())].sort().values
-        chosen[row, : len(some)] = some.int()
+    chosen = draw_selection(batch.positions.tolist(), k)
     unused = torch.ones(storage, dtype=torch.bool)
     slots = storage_rows(chosen.clamp(min=0).long(), batch.requests[:, None], batch.table, batch.page_size)
     unused[slots[chosen >= 0]] = False
     return chosen, unused
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """By the norm, against that of what is expected."""
-    difference = (found.cpu().double() - expected).norm()
-    return float(difference / expected.norm().clamp(min=1e-3))
-
-
-@contextmanager
-def deterministic(asked: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(asked)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @drawn
@@ -78,7 +58,7 @@ def test_gradients_equal_plain_ones(device, batch_rows, heads, c, r, k, dtype, v
     torch.manual_seed(seed)
     rows = batch.borders[-1]
     grad, q_latent, q_rope = (torch.randn(rows, heads, n).to(dtype) for n in (c, c, r))
-    chosen, unused = draw_selection(batch, k, storage)
+    chosen, unused = selected(batch, k, storage)
     keys = torch.randn(storage, c + r).to(dtype)
     keys[unused] = torch.nan  # what is not selected must not be read
     latent, rope = keys.split([c, r], 1)  # side by side, as the cache keeps them

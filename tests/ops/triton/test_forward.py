@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.drawing import batches, draw_keys, equal_but_at_the_boundary
+from ops.drawing import batches, draw_keys, draw_selection, equal_but_at_the_boundary
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -133,16 +133,6 @@ def test_select_of_nothing(device: torch.device) -> None:
     assert found.shape == (0, 3)
 
 
-def draw_selection(rows: int, batch: Batch, k: int) -> Tensor:
-    """Drawn positions of what each row sees, ascending, -1 behind them; some rows hold fewer than they could."""
-    selection = torch.full((rows, k), -1, dtype=torch.int32)
-    for row in range(rows):
-        seen = int(batch.positions[row]) + 1
-        count = min(k, seen, int(torch.randint(1, k + 1, ())))
-        selection[row, :count] = torch.randperm(seen)[:count].sort().values.int()
-    return selection
-
-
 @drawn
 @given(
     batches(), st.integers(1, 20), st.integers(1, 40), st.integers(1, 20), st.integers(1, 90), DTYPES,
@@ -155,7 +145,7 @@ def test_sparse_attention_equals_reference(device, batch_rows, heads, c, r, k, d
     torch.manual_seed(seed)
     rows = batch.borders[-1]
     q = torch.randn(rows, heads, c).to(dtype), torch.randn(rows, heads, r).to(dtype)
-    selection = draw_selection(rows, batch, k)
+    selection = draw_selection(batch.positions.tolist(), k)
     both = torch.full((storage, c + r), torch.nan, dtype=dtype)
     for row in range(rows):
         s = selection[row][selection[row] >= 0].long()

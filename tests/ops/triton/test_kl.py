@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from ops.drawing import apart, deterministic, draw_selection
 
 triton = pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -23,30 +21,6 @@ from nanoglm.ops.triton import kl  # noqa: E402
 drawn = settings(deadline=None, max_examples=int(os.environ.get("DRAWN_CASES", "50")), derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-def draw_selection(sequences: int, length: int, before: int, k: int) -> Tensor:
-    chosen = torch.full((sequences * length, k), -1, dtype=torch.int32)
-    for row in range(len(chosen)):
-        some = torch.randperm(before + row % length + 1)[: k if row % 2 else torch.randint(1, k + 1, ())].sort().values
-        chosen[row, : len(some)] = some.int()
-    return chosen
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """By the norm, against that of what is expected."""
-    difference = (found.cpu().double() - expected).norm()
-    return float(difference / expected.norm().clamp(min=1e-3))
-
-
-@contextmanager
-def deterministic(asked: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(asked)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @drawn
@@ -61,7 +35,7 @@ def test_loss_and_gradients_equal_plain_ones(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     rows, keys = sequences * length, sequences * (before + length)
-    chosen = draw_selection(sequences, length, before, k)
+    chosen = draw_selection([before + i for i in range(length)] * sequences, k)
     # Weights are fp32 in the model; scores about as large as there, else one key takes all.
     inputs = [
         torch.randn(rows, index_heads, dim).to(dtype),
@@ -106,7 +80,7 @@ def test_what_has_no_kernel_is_plain(device: torch.device, selected: bool) -> No
     torch.manual_seed(0)
     inputs = [torch.randn(*s).to(device) for s in ((6, 2, 8), (6, 2), (8, 8))]
     main, main_keys = [torch.randn(6, 3, 5).to(device)], [torch.randn(8, *([3] * selected), 5).to(device)]
-    rest = 3, 1, 0.3, draw_selection(2, 3, 1, 4).to(device) if selected else None
+    rest = 3, 1, 0.3, draw_selection([1, 2, 3] * 2, 4).to(device) if selected else None
     found, expected = (f.indexer_kl(*inputs, main, main_keys, *rest) for f in (kl, plain))
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
