@@ -55,7 +55,8 @@ def report(files: tuple[Path, ...], out: Path) -> list[Path]:
     results = [Result.load(file) for file in files]
     written, text = [], INTRODUCTION
     for table, key, ylabel in (("prefill", "seconds", "seconds of prefill"), ("decode", "ms", "ms a token")):
-        drawn = [result for result in results if result.rows.get(table)]
+        # Against length: of a single one there is nothing to draw.
+        drawn = [result for result in results if len({row["length"] for row in result.rows.get(table, [])}) > 1]
         if drawn:
             picture = out.with_name(f"{out.stem}-{table}.svg")
             _plot(drawn, table, key, ylabel, picture)

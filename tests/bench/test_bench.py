@@ -102,6 +102,14 @@ def test_report(tmp_path: Path) -> None:
     assert "| 300 | IndexShare |" in page and "(page-decode.svg)" in page and "0.78 ns per scored pair" in page
 
 
+def test_a_single_length_is_not_drawn(tmp_path: Path) -> None:
+    result = Result("prefill", 3)
+    result.rows["prefill"] = [{"length": 64, "pattern": p, "seconds": 1.0, "low": 1.0, "high": 1.0} for p in PATTERNS]
+    result.save(tmp_path / "one.json")
+    assert report((tmp_path / "one.json",), tmp_path / "page.md") == [tmp_path / "page.md"]
+    assert "![" not in (tmp_path / "page.md").read_text()
+
+
 def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fabricated("decode").save(tmp_path / "x.json")
