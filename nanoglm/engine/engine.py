@@ -23,6 +23,7 @@ from torch import Tensor
 from nanoglm.cache import PAGE, PagedCache, PrefixCache
 from nanoglm.engine.depth import Depth
 from nanoglm.engine.params import SamplingParams
+from nanoglm.engine.record import Trace
 from nanoglm.engine.request import Logprobs, Request, check_prompt
 from nanoglm.engine.runner import Runner, reads_prompt
 from nanoglm.engine.scheduler import Scheduler, Work
@@ -70,8 +71,11 @@ class Engine:
         self._numbers = 0
 
     # ---------------------------------------------------------------- requests
-    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Request:
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None, record: bool = False) -> Request:
         """Queues a request.
+
+        Args:
+            record: keep its Selections and routes, in ``Request.trace``; no page is taken from the prefix cache then.
 
         Raises:
             InputError: the prompt is empty, holds what is no token, or can never fit with what it may generate; or the
@@ -90,7 +94,7 @@ class Engine:
             for i in ids:
                 if not 0 <= i < vocabulary:
                     raise InputError(f"{name} names token id {i}; expected 0 to {vocabulary - 1}")
-        request = Request(self._numbers, tuple(prompt), params)
+        request = Request(self._numbers, tuple(prompt), params, trace=Trace(self.model.config) if record else None)
         if self.depth is not None and params.temperature > 0:
             request.depth = Depth(self.most_drafts)
         self._numbers += 1
@@ -184,9 +188,10 @@ class Engine:
                     depth.accepted(work.drafts, len(following) - 1)
             except InputError as error:  # the request's own mask; the others go on
                 following, request.finish, request.error = [], "abort", str(error)
-            for token, row in zip(following, rows, strict=False):
+            for place, (token, row) in enumerate(zip(following, rows, strict=False), 1):
                 if not request.append(token) and request.finish == "stop":
                     break
+                request.kept.append(place < len(following))
                 if request.params.logprobs is not None:
                     request.logprobs.append(logprobs(row, token, request.params.logprobs))
                 if request.finish is not None:
@@ -196,6 +201,8 @@ class Engine:
             request.computed = min(held, request.length - 1)
         assert request.handle is not None
         self.cache.rollback(request.handle, held - request.computed)
+        if request.trace is not None:
+            request.trace.cut(request.computed)
 
     def check(self) -> None:
         """Asserts that the cache's books are in order: every page has the holders that it says.

@@ -59,6 +59,17 @@ class Trace:
         for layer, rows in self._routes.items():
             rows.append(routes[layer].to("cpu", torch.int32))
 
+    def cut(self, length: int) -> None:
+        """Keeps the first ``length`` tokens: the others were drafts that came to nothing, or are computed anew."""
+        extra, self.ids = max(0, len(self.ids) - length), self.ids[:length]
+        for rows in (*self._selections.values(), *self._routes.values()):
+            left = extra
+            while left:
+                last = rows.pop()
+                if len(last) > left:
+                    rows.append(last[: len(last) - left])
+                left -= min(left, len(last))
+
     @property
     def selections(self) -> dict[int, Tensor]:
         """Full layer -> int32 [n, K], logical positions ascending, -1 after the valid ones."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanoglm.engine.depth import Depth
 from nanoglm.engine.params import SamplingParams
+from nanoglm.engine.record import Trace
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
 
@@ -38,7 +39,9 @@ class Request:
             from which the others will be made.
         finish: why it ended. drafted, accepted: of its drafts so far, by their place in a chain.
         depth: what chooses the length of its chains, if it has one of its own.
-        hit: tokens of its prompt that the prefix cache had when it began.
+        kept: of each output whether it was a draft.
+        hit: tokens of its prompt that the prefix cache had when it began. began: when that was, on the monotonic clock.
+        trace: what is recorded of it, for the first ``computed`` tokens; None if nothing is.
     """
 
     number: int
@@ -57,8 +60,11 @@ class Request:
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    kept: list[bool] = field(default_factory=list)
     depth: Depth | None = None
     hit: int = 0
+    began: float | None = None
+    trace: Trace | None = None
     preempted: int = 0
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from nanoglm.engine.graphs import Graphs
 from nanoglm.engine.request import Request
 from nanoglm.engine.scheduler import Work
 from nanoglm.engine.speculative import propose
-from nanoglm.model import GLM
+from nanoglm.model import GLM, Tape
 from nanoglm.model.step import Pass
 from nanoglm.ops import captures
 
@@ -37,7 +37,7 @@ class Runner:
         """Computes each work's tokens.
 
         Returns:
-            Hidden states [T, D] of all rows (without ``drafting`` only of those asked for); and the logits [N, V] of
+            Hidden states [T, D] of all rows (without ``drafting`` perhaps only of those asked for); and the logits [N, V] of
             each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is drawn behind.
         """
         ids: list[int] = []
@@ -48,13 +48,18 @@ class Runner:
         counts = [work.count for work in works]
         batch = self.cache.extend([_handle(work) for work in works], counts)
         asked = [asked_rows(work) for work in works]
-        tail = None if self.drafting else asked
+        recorded = any(work.request.trace is not None for work in works)
+        tape = Tape(indexers=False) if recorded else None
+        tail = None if self.drafting or recorded else asked
         packed = torch.tensor(ids, device=self.device)
-        hidden = self.graphs.run(packed, batch) if self.graphs and asked == counts else None
+        hidden = self.graphs.run(packed, batch) if self.graphs and asked == counts and not recorded else None
         if hidden is None:
-            hidden = self.model(packed, batch, self.cache, tail=tail, keep_selections=False).hidden
+            output = self.model(packed, batch, self.cache, tape=tape, tail=tail, keep_selections=recorded)
+            hidden = output.hidden
+            if tape is not None:
+                _record(works, ids, output.selections, tape.experts)
         rows = hidden
-        if self.drafting:
+        if tail is None:
             parts = hidden.split(counts)
             rows = torch.cat([part[len(part) - n :] for part, n in zip(parts, asked, strict=True)])
         logits = self.model.logits(rows).split(asked) if len(rows) else [rows] * len(works)
@@ -105,6 +110,19 @@ class Runner:
             for (request, n), logits_V in zip(going, self.model.logits(m_TD), strict=True):
                 if len(request.drafts) == place < n:  # less where a mask let nothing follow
                     propose(request, logits_V)
+
+
+def _record(
+    works: Sequence[Work], ids: Sequence[int], selections: Sequence[Tensor | None], routes: Mapping[int, Tensor]
+) -> None:  # fmt: skip
+    """Adds each recorded request's rows to its trace."""
+    begin = 0
+    for work in works:
+        rows = slice(begin, begin + work.count)
+        begin += work.count
+        if work.request.trace is not None:
+            chosen = [None if selection is None else selection[rows] for selection in selections]
+            work.request.trace.append(ids[rows], chosen, {layer: experts[rows] for layer, experts in routes.items()})
 
 
 def asked_rows(work: Work) -> int:

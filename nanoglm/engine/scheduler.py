@@ -9,6 +9,7 @@ bits depend on nothing beside it.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -88,12 +89,12 @@ class Scheduler:
     def _begin(self, request: Request) -> None:
         """Opens it in the cache, with what is known of its tokens."""
         known: list[int] = []
-        if self.prefix is not None and request.params.prompt_logprobs is None:  # those need every row
+        if self.prefix is not None and request.params.prompt_logprobs is None and request.trace is None:  # need every row
             known = self.prefix.match(request.ids, self.meaning)
         request.handle = self.cache.open(known)
         request.computed = request.entries = self.cache.length(request.handle)
-        if not request.preempted:
-            request.hit = request.computed
+        if request.began is None:
+            request.hit, request.began = request.computed, time.monotonic()
 
     def _room(self, request: Request, count: int, promised: int) -> bool:
         """Whether ``count`` tokens more fit beside ``promised`` pages; pages of prefixes that nobody uses make way."""
@@ -113,6 +114,8 @@ class Scheduler:
         if request.handle is not None:
             self.remember(request)
             self.cache.close(request.handle)
+            if request.trace is not None and request.finish is None:
+                request.trace.cut(0)
         request.handle, request.computed, request.entries, request.unread = None, 0, 0, []
 
     def remember(self, request: Request) -> None:
