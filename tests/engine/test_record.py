@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.test_engine import build as repetitive
+from engine.test_engine import prompt as drawn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,7 +17,8 @@ import nanoglm
 from nanoglm.api import Model
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.config import GLMConfig
-from nanoglm.engine.record import Recording
+from nanoglm.engine import Engine, generate
+from nanoglm.engine.record import Recording, Trace
 from nanoglm.errors import InputError
 from nanoglm.model import GLM
 
@@ -239,3 +242,33 @@ def test_a_stream_that_nobody_read_is_no_sequence(lm: Model, tmp_path: Path) -> 
         lm.stream("never read", PARAMS)
         lm.logits(SEQUENCES[:1])
     assert [len(t.ids) for t in Recording.load(tmp_path / "run", lm.config).traces] == [90]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_engine_records_what_the_plain_loop_does(drafts: int) -> None:
+    """In company, in chunks, sent back for want of pages, behind a known prefix, with drafts that are rejected."""
+    model = repetitive()
+    params = nanoglm.SamplingParams(max_tokens=20)
+    engine = Engine(model, pages=7, budget=24, drafts=drafts)
+    prompts = [drawn(116, i, prefix=80) for i in range(4)]
+    engine.add(prompts[0], params)
+    while engine.busy:  # the tree knows the prompts' beginning now
+        engine.step()
+    requests = [engine.add(ids, params, record=i != 2) for i, ids in enumerate(prompts)]
+    while engine.busy:
+        engine.step()
+        engine.check()
+        for request in requests:
+            assert request.trace is None or request.finish or len(request.trace.ids) == request.computed
+    assert any(request.preempted for request in requests) and requests[2].trace is None
+    for ids, request in zip(prompts, requests, strict=True):
+        if request.trace is None:
+            continue
+        expected = Trace(model.config)
+        outputs = list(generate(model, ids, params, record=expected))
+        assert request.outputs == outputs and request.trace.ids == expected.ids == [*ids, *outputs[:-1]]
+        for kind in ("selections", "routes"):
+            found, wanted = getattr(request.trace, kind), getattr(expected, kind)
+            assert found.keys() == wanted.keys() and all(torch.equal(found[i], wanted[i]) for i in found)
+        assert len(request.kept) == 20 and sum(request.kept) == sum(request.accepted)
+    assert any(any(request.kept) for request in requests) == (drafts > 0)
