@@ -329,35 +329,56 @@ def pieces(engine: Engine, texts: Mapping[Request, TextUntil]) -> Iterator[tuple
                 engine.abort(request)
 
 
-class TextUntil:
-    """A continuation's text, up to the first of the stop texts; what may be the beginning of one is held back.
+class Until:
+    """Text up to the first of the stop texts; what may be the beginning of one is held back."""
 
-    Without a tokenizer it is empty.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str]) -> None:
         if "" in stop:
             raise InputError("stop holds an empty text; expected at least one character")
-        self._decoder = None if tokenizer is None else tokenizer.stream()
-        self._stop, self._held, self.ended = tuple(stop), "", False
+        self._stop, self._held = tuple(stop), ""
+        self.found: str | None = None
 
-    def push(self, token: int) -> str:
-        """The text that this token makes certain."""
-        if self.ended or self._decoder is None:
+    def push(self, piece: str) -> str:
+        """The text that this piece makes certain."""
+        if self.found is not None:
             return ""
-        self._held += self._decoder.push(token)
-        ends = [at for at in map(self._held.find, self._stop) if at >= 0]
+        held = self._held + piece
+        ends = [(at, s) for s in self._stop if (at := held.find(s)) >= 0]
         if ends:
-            self.ended = True
-            return self._held[: min(ends)]
-        held = self._held
+            at, self.found = min(ends, key=lambda end: end[0])
+            return held[:at]
         keep = max((n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
     def flush(self) -> str:
+        """What was held back, when nothing follows."""
+        held, self._held = self._held, ""
+        return "" if self.found is not None else held
+
+
+class TextUntil:
+    """A continuation's text, up to the first of the stop texts.
+
+    Without a tokenizer it is empty.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        self._decoder = None if tokenizer is None else tokenizer.stream()
+        self._until = Until(stop)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a stop text has come."""
+        return self._until.found is not None
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain."""
+        return "" if self._decoder is None else self._until.push(self._decoder.push(token))
+
+    def flush(self) -> str:
         """What was held back, when no token follows."""
-        return "" if self.ended or self._decoder is None else self._held + self._decoder.flush()
+        return "" if self._decoder is None else self._until.push(self._decoder.flush()) + self._until.flush()
 
     def pieces(self, ids: Iterator[int]) -> Iterator[str]:
         """The text of tokens as they come."""

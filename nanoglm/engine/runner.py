@@ -37,8 +37,8 @@ class Runner:
         """Computes each work's tokens.
 
         Returns:
-            Hidden states [T, D] of all rows (without ``drafting`` perhaps only of those asked for); and the logits [N, V] of
-            each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is drawn behind.
+            Hidden states [T, D] of all rows (without ``drafting`` perhaps only of those asked for); and the logits
+            [N, V] of each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is drawn behind.
         """
         ids: list[int] = []
         for work in works:

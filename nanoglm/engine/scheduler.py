@@ -89,7 +89,9 @@ class Scheduler:
     def _begin(self, request: Request) -> None:
         """Opens it in the cache, with what is known of its tokens."""
         known: list[int] = []
-        if self.prefix is not None and request.params.prompt_logprobs is None and request.trace is None:  # need every row
+        if (
+            self.prefix is not None and request.params.prompt_logprobs is None and request.trace is None
+        ):  # need every row
             known = self.prefix.match(request.ids, self.meaning)
         request.handle = self.cache.open(known)
         request.computed = request.entries = self.cache.length(request.handle)

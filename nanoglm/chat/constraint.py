@@ -1,0 +1,289 @@
+"""What a reply may be: thought that ends at its budget, then text of a JSON schema, or calls in GLM's own form.
+
+A :class:`Constraint` is a function of the tokens generated so far: which may come next. So drafts need no care: they
+are asked for like tokens, and a chain may run from thought over its end into a call; what was rejected is taken back by
+asking again. The grammar begins behind the end of thought.
+
+A reply closes within its tokens. Grammars allow endless strings and numbers; so the length of the shortest way out is
+kept within what is left (by walking it in a copy of the matcher), and when no more is left than one token could add to
+it, only the way out is allowed. White space is fixed. Thought ends in time for all of that.
+
+Source: serving spec 2.7, 4.7, 5.1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoglm.chat.schema import longest_minimum, possible_types, resolve
+from nanoglm.chat.tokenizer import Tokenizer
+from nanoglm.errors import InputError
+
+THINK_END, CALL = "</think>", "<tool_call>"
+# Where there is a choice on the way out: what ends something, then what is short.
+_ENDS = (b"}", b"]", b'"', b"0", b"1", b"n", b"f", b"t", b"[", b"{")
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Compiles grammars over one vocabulary.
+
+    Args:
+        vocab_size: rows of the model's head; rows without a token are never allowed. stop_ids: what ends a reply.
+
+    Raises:
+        InputError: llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise InputError(
+                "llguidance is not installed; expected it for constrained output: nanoglm[serve]"
+            ) from None
+        self.tokenizer, self.vocab_size, self.stop_ids = tokenizer, vocab_size, tuple(stop_ids)
+        self.bytes = [tokenizer.token_bytes(i, skip_special=False) for i in range(vocab_size)]
+        self._matcher = llguidance.LLMatcher
+        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self)))
+
+    def token(self, text: str) -> int:
+        """The id of a token of the markup."""
+        ids = self.tokenizer.encode(text)
+        if len(ids) != 1:
+            raise InputError(f"tokenizer has no token {text}; expected GLM's, which calls are written in")
+        return ids[0]
+
+    @cached_property
+    def way_out(self) -> list[int]:
+        """Ids in the order of their choice on the way out; others follow."""
+        single = {text: i for i, text in reversed(list(enumerate(self.bytes))) if len(text) == 1}
+        rest = [text for text in sorted(single) if text not in _ENDS]
+        markup = [
+            self.token(name) for name in ("</arg_value>", "</tool_call>", "</arg_key>") if name in self.tokenizer.added
+        ]
+        return markup + [single[text] for text in (*_ENDS, *rest) if text in single]
+
+    @cached_property
+    def quote(self) -> int:
+        """The id of a quotation mark."""
+        return self.bytes.index(b'"')
+
+    def json(self, schema: Mapping[str, Any]) -> Grammar:
+        """Text that a JSON schema allows, keys in the schema's order.
+
+        Raises:
+            InputError: the schema is none, or holds what cannot be kept to.
+        """
+        try:
+            source = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, _STYLE))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"schema is no JSON schema: {error}") from None
+        return Grammar(self, source, longest_minimum(schema))
+
+    def calls(
+        self, tools: Sequence[Mapping[str, Any]], several: bool = True, otherwise: Mapping[str, Any] | None = None
+    ) -> Grammar:  # fmt: skip
+        """At least one call of one of these tools; and no more, without ``several``.
+
+        Args:
+            tools: function declarations without their wrapper: ``name``, ``parameters``.
+            otherwise: a JSON schema whose text may stand in place of calls.
+
+        Raises:
+            InputError: parameters that are no JSON schema.
+        """
+        rules, longest = [], 0
+        for number, tool in enumerate(tools):
+            parameters = tool.get("parameters") or {}
+            rules += self._call(f"t{number}", tool["name"], parameters)
+            longest = max(longest, len(tool["name"].encode()) + 8 + longest_minimum(parameters))
+        names = " | ".join(f"t{number}" for number in range(len(tools)))
+        begin, end = self.token(CALL), self.token("</tool_call>")
+        rules += [f"calls: call{'+' if several else ''}", f"call: <[{begin}]> ({names}) <[{end}]>"]
+        rules += [r"TEXT: /(.|\n)*/", r"NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"]
+        if otherwise is not None:
+            rules.append(f"json: %json {json.dumps({**otherwise, 'x-guidance': _STYLE})}")
+            longest = max(longest, longest_minimum(otherwise))
+        rules.append("start: calls" if otherwise is None else "start: calls | json")
+        return Grammar(self, self._matcher.grammar_from_lark("\n".join(rules)), longest)
+
+    def _call(self, rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
+        """The rules of one tool: its name, then its parameters in their order, those not required perhaps left out."""
+        ids = [self.token(f"<{slash}arg_{part}>") for part in ("key", "value") for slash in ("", "/")]
+        key, key_end, value, value_end = (f"<[{i}]>" for i in ids)
+        properties, required = parameters.get("properties") or {}, parameters.get("required") or ()
+        rules, parts = list[str](), [json.dumps(name)]
+        for number, (parameter, schema) in enumerate(properties.items()):
+            rules.append(f"{rule}_{number}: {_value(schema, parameters)}")
+            pair = f"{key} {json.dumps(parameter)} {key_end} {value} {rule}_{number} {value_end}"
+            parts.append(pair if parameter in required else f"({pair})?")
+        if not properties and parameters.get("additionalProperties", True) is not False:
+            parts.append(f"({key} NAME {key_end} {value} TEXT {value_end})*")
+        return [*rules, f"{rule}: {' '.join(parts)}"]
+
+
+def _value(schema: Any, parameters: Mapping[str, Any]) -> str:
+    """A value as GLM writes it: strings raw, all else JSON."""
+    types = possible_types(schema, parameters)
+    if "string" not in types:
+        known = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
+        return f"%json {json.dumps({**known, **(schema if isinstance(schema, Mapping) else {}), 'x-guidance': _STYLE})}"
+    found = resolve(schema, parameters)
+    choices = [found["const"]] if "const" in found else found.get("enum")
+    if choices:
+        return " | ".join(json.dumps(c if isinstance(c, str) else json.dumps(c)) for c in choices)
+    least, most = found.get("minLength", 0), found.get("maxLength", "")
+    return "TEXT" if types != {"string"} or (least, most) == (0, "") else rf"/(.|\n){{{least},{most}}}/"
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance wants it. Markup is special to it: no text of a grammar matches its spelling."""
+
+    bos_token_id = None
+
+    def __init__(self, grammars: Grammars) -> None:
+        self._tokenizer, self.tokens = grammars.tokenizer, grammars.bytes
+        self.eos_token_id = grammars.stop_ids[0] if grammars.stop_ids else 0
+        named = {i for name in self._tokenizer.added for i in self._tokenizer.encode(name)}
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if i in named or not text]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode_plain(text.decode(errors="replace"))
+
+
+class Grammar:
+    """A compiled grammar. Its state is a constraint's.
+
+    Attributes:
+        longest: a bound on the bytes that opening one thing adds to the way out.
+    """
+
+    def __init__(self, grammars: Grammars, source: str, longest: int) -> None:
+        self.grammars, self.longest = grammars, longest
+        self.matcher = grammars._matcher(grammars._tokenizer, source, log_level=0)
+        if self.matcher.is_error():
+            raise InputError(f"schema cannot be kept to: {self.matcher.get_error()}")
+        if not grammars.tokenizer.is_bytes:
+            self.longest *= 4  # a token may open several things
+
+    def way_out(self, matcher: Any, most: int) -> list[int] | None:
+        """Tokens that complete what the matcher has seen, chosen greedily; None if ``most`` do not suffice."""
+        found, matcher = list[int](), matcher.deep_copy()
+        while len(found) <= most:
+            if matcher.is_accepting():
+                return found
+            forced = matcher.compute_ff_tokens()
+            if not forced:
+                allowed = self.allowed(matcher)
+                forced = [self._choice(allowed, found[-1] if found else None)]
+            if not matcher.consume_tokens(forced):
+                return None
+            found += forced
+        return None
+
+    def _choice(self, allowed: np.ndarray, last: int | None) -> int:
+        choices = [i for i in self.grammars.way_out if allowed[i]] or [int(allowed.argmax())]
+        if self.grammars.bytes[choices[0]] in _ENDS and len(choices) > 64 and allowed[self.grammars.quote]:
+            return self.grammars.quote  # within a string, where brackets end nothing
+        # What ends nothing not twice: a pattern may ask for something else behind any number of it.
+        return (
+            choices[1] if choices[1:] and choices[0] == last and self.grammars.bytes[last] not in _ENDS else choices[0]
+        )
+
+    def allowed(self, matcher: Any) -> np.ndarray:
+        """bool [vocabulary]: what may come next in the grammar."""
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, count=self.grammars.vocab_size, bitorder="little").astype(bool)
+
+
+class Constraint:
+    """Which tokens may follow those generated so far: a ``Mask`` of the sampler. One for each continuation.
+
+    Args:
+        thinking: whether the prompt ends within a thought. budget: most tokens of it, without its end; None for any
+            number. grammar: what is said behind it; None for anything. max_tokens: of thought and reply together.
+
+    Raises:
+        InputError: the grammar needs more tokens than there are.
+    """
+
+    def __init__(
+        self, grammars: Grammars, max_tokens: int, *, thinking: bool, budget: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:  # fmt: skip
+        self._grammars, self._grammar, self._max_tokens = grammars, grammar, max_tokens
+        self._thinking, self._budget = thinking, max_tokens if budget is None else budget
+        self._ends = [grammars.token(THINK_END)] if thinking else []
+        if thinking and CALL in grammars.tokenizer.added and grammar is None:
+            self._ends.append(grammars.token(CALL))  # the parser's rule: a call ends thought
+        if grammar is not None:
+            self._matcher, self._seen = grammar.matcher.deep_copy(), list[int]()
+            least = grammar.way_out(self._matcher, max_tokens - 1 - thinking)  # one ends the reply, one the thought
+            if least is None:
+                raise InputError(f"max_tokens is {max_tokens}; expected more, the schema's least reply does not fit")
+            self._budget = min(self._budget, max(0, max_tokens - len(least) - grammar.longest - 2))
+            self._safe = 0, 0  # behind so many tokens of the reply the way out was walked; up to so many it fits
+
+    def __call__(self, outputs: Sequence[int]) -> Tensor | None:
+        """bool [vocabulary], what may follow ``outputs``; None for anything."""
+        begin = self._reply(outputs)
+        if begin is None:
+            if len(outputs) >= self._budget:
+                return self._only(self._ends[:1])
+            return None if self._grammar is None else self._thought_V
+        return None if self._grammar is None else self._next(list(outputs[begin:]), self._max_tokens - len(outputs))
+
+    def _reply(self, outputs: Sequence[int]) -> int | None:
+        """Where the reply begins; None within thought."""
+        if not self._thinking:
+            return 0
+        first = outputs[: self._budget + 1]  # the end is never further
+        return min((first.index(i) + 1 for i in self._ends if i in first), default=None)
+
+    @cached_property
+    def _thought_V(self) -> Tensor:
+        """Anything but the end of the reply and calls: those come in the grammar."""
+        allowed_V = torch.ones(self._grammars.vocab_size, dtype=torch.bool)
+        allowed_V[[*self._grammars.stop_ids, self._grammars.token(CALL)]] = False
+        return allowed_V
+
+    def _only(self, ids: Sequence[int]) -> Tensor:
+        allowed_V = torch.zeros(self._grammars.vocab_size, dtype=torch.bool)
+        allowed_V[list(ids)] = True
+        return allowed_V
+
+    def _next(self, reply: list[int], left: int) -> Tensor | None:
+        """What the grammar allows, with ``left`` tokens to come; only the way out if that is getting long."""
+        grammar, stops = self._grammar, self._grammars.stop_ids
+        assert grammar is not None
+        known = len(self._seen)
+        if reply[:known] != self._seen:  # drafts were rejected
+            known = next(n for n, i in enumerate(self._seen) if n == len(reply) or i != reply[n])
+            self._matcher.rollback(len(self._seen) - known)
+            self._seen = reply[:known]
+        if not set(stops).isdisjoint(reply[known:]):
+            return None  # behind the end drafts may be asked for; nothing comes of them
+        if reply[known:] and not self._matcher.consume_tokens(reply[known:]):
+            raise InputError(f"reply left its grammar: {self._matcher.get_error()}")
+        self._seen = reply
+        walked, fits = self._safe
+        if not walked <= len(reply) < fits:
+            out = grammar.way_out(self._matcher, left - 1)
+            spare = (
+                0 if out is None else left - 1 - len(out) - grammar.longest
+            )  # of a way that is not found nothing is sure
+            if out is not None and spare <= 0:
+                return self._only(out[:1] or stops)
+            self._safe = len(reply), len(reply) + 1 + spare // (grammar.longest + 1)
+        allowed_V = torch.from_numpy(grammar.allowed(self._matcher))
+        if self._matcher.is_accepting():
+            allowed_V[list(stops)] = True
+        return allowed_V
