@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from chat_drawn import JSON, TEXT
 from chat_examples import EXAMPLES, MAX, assistant, call, system, tool, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,30 +94,6 @@ def test_bad_messages_are_one_sentence(messages: Any, words: str) -> None:
 
 
 # ------------------------------------------------------------------------------- ids
-PIECES = [
-    *ADDED_TOKENS,
-    "<",
-    "|>",
-    "<|",
-    "<|us",
-    "er|>",
-    "[",
-    "[gMASK",
-    "]",
-    "/",
-    "</thi",
-    "nk>",
-    "é",
-    "🙂",
-    " ",
-    "the",
-]
-TEXT = st.lists(st.one_of(st.text(max_size=5), st.sampled_from(PIECES)), max_size=8).map("".join)
-JSON = st.recursive(
-    st.one_of(TEXT, st.integers(), st.none()), lambda v: st.lists(v) | st.dictionaries(TEXT, v), max_leaves=4
-)
-
-
 def conversation(a: Any, b: str, c: str, d: str, e: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Every place where text from outside can stand."""
     parts = [a, {"type": "text", "text": b}, c] if isinstance(a, str) else [""]
