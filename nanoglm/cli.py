@@ -30,6 +30,7 @@ from nanoglm.eval.commands import longcontext
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.indexcache.commands import Verb as IndexCacheVerb
 from nanoglm.ops import count_work, cpu
+from nanoglm.server.commands import serve
 from nanoglm.train.commands import data, recipe_of, report, training
 from nanoglm.train.recipe import Recipe
 from nanoglm.verify import Receipt, verify
@@ -321,6 +322,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "eval": evaluate_text,
     "longcontext": longcontext,
+    "serve": serve,
     "inspect": inspect,
     "slice": slice_,
     "plan": plan,

@@ -11,7 +11,7 @@ step.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nanoglm.engine.engine import Engine
@@ -54,7 +54,7 @@ class AsyncEngine:
             self._gone.append(request)
             self._go()  # a step may be long over
 
-    async def tokens(self, request: Request) -> AsyncIterator[list[int]]:
+    async def tokens(self, request: Request) -> AsyncGenerator[list[int], None]:
         """Yields what each step gave it, the last one perhaps nothing.
 
         Raises:
@@ -86,6 +86,10 @@ class AsyncEngine:
                     yield token
         finally:
             self.abort(request)  # in case this was left before the first step: nothing else would then
+
+    def close(self) -> None:
+        """Lets go of the thread, once the step that runs is over."""
+        self._thread.shutdown(wait=True)
 
     def _go(self) -> None:
         if self._running is None:

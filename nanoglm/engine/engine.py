@@ -69,6 +69,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, self.prefix, budget, most, drafting, meaning)
         self.runner = Runner(model, self.cache, drafting)
         self._numbers = 0
+        self.computed = 0  # tokens of the last step
 
     # ---------------------------------------------------------------- requests
     def add(self, prompt: Sequence[int], params: SamplingParams | None = None, record: bool = False) -> Request:
@@ -128,6 +129,7 @@ class Engine:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Runs one step; returns each request that got tokens, or ended, with its new tokens."""
         works = self.scheduler.plan()
+        self.computed = sum(work.count for work in works)
         if not works:
             return []
         begins, began = [work.request.computed for work in works], time.perf_counter()

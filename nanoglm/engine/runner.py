@@ -38,7 +38,8 @@ class Runner:
 
         Returns:
             Hidden states [T, D] of all rows (without ``drafting`` perhaps only of those asked for); and the logits
-            [N, V] of each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is drawn behind.
+            [N, V] of each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is
+            drawn behind.
         """
         ids: list[int] = []
         for work in works:

@@ -1,0 +1,244 @@
+"""HTTP's side of every interface: errors in their shape, event streams, what a request may weigh, who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanoglm.errors import NanoglmError
+from nanoglm.server.service import Overloaded, Piece, Reply, Service, ShuttingDown
+
+log = logging.getLogger("nanoglm.server")
+Found = TypeVar("Found")
+
+
+class JSON(Response):
+    """JSON as UTF-8; what no UTF-8 can hold (half a surrogate pair out of a client's own text) is escaped."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return dumps(content).encode()
+        except UnicodeEncodeError:
+            return json.dumps(content).encode()
+
+
+def dumps(content: Any) -> str:
+    """One line of JSON."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+# ------------------------------------------------------------------------------- errors
+KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def failure(path: str, status: int, message: str, param: str | None = None) -> JSON:
+    """An error in the shape of the interface that was asked."""
+    kind = KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    if path.startswith("/v1/messages"):
+        return JSON({"type": "error", "error": {"type": kind, "message": message}}, status, headers)
+    error = {"message": message, "type": kind, "param": param, "code": None if status != 404 else "not_found"}
+    return JSON({"error": error}, status, headers)
+
+
+def status_of(error: Exception) -> tuple[int, str]:
+    """The status and the sentence for what went wrong."""
+    if isinstance(error, NanoglmError):
+        return 400, str(error)
+    if isinstance(error, LookupError):
+        return 404, str(error.args[0]) if error.args else "not found"
+    if isinstance(error, Overloaded):
+        return 429, str(error)
+    if isinstance(error, ShuttingDown):
+        return 503, "server is shutting down; expected another one to be asked"
+    if isinstance(error, TimeoutError):
+        return 408, "request took longer than the server allows; expected fewer tokens"
+    log.error("request failed", exc_info=error)
+    return 500, "the server failed; its log says how"
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """For whatever an endpoint raises."""
+    status, message = status_of(error)
+    return failure(request.url.path, status, message)
+
+
+async def on_http(request: Request, error: Exception) -> Response:
+    """For paths and methods that are none, and bodies that are no JSON."""
+    assert isinstance(error, HTTPException)
+    response = failure(request.url.path, error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def on_invalid(request: Request, error: Exception) -> Response:
+    """For fields of a wrong kind: the first of them, in a sentence."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    if first["type"] == "json_invalid":
+        return failure(request.url.path, 400, f"body is no JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
+    found = "" if first["type"] == "missing" else f" is {_short(first.get('input'))}"
+    return failure(request.url.path, 400, f"{where or 'body'}{found}: {first['msg'].lower()}", where or None)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# ------------------------------------------------------------------------------- answers
+async def answer(request: Request, work: Awaitable[Found]) -> Found:
+    """Does the work unless the client goes away first.
+
+    Raises:
+        asyncio.CancelledError: it went.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    doing, going = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((doing, going), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientGone
+        return doing.result()
+    finally:
+        doing.cancel()
+        going.cancel()
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered."""
+
+
+async def on_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads it; the log shows what happened."""
+    return Response(status_code=499)
+
+
+async def collect(service: Service, replies: Sequence[Reply]) -> list[list[Piece]]:
+    """All pieces of each reply."""
+    found: list[list[Piece]] = [[] for _ in replies]
+    async with aclosing(service.pieces(replies)) as pieces:
+        async for piece in pieces:
+            found[piece.index].append(piece)
+    return found
+
+
+Event = tuple[str | None, Mapping[str, Any] | str]  # its name, if the interface has names, and its data
+
+
+async def stream(
+    pieces: AsyncGenerator[Piece, None],
+    events: Callable[[AsyncGenerator[Piece, None]], AsyncGenerator[Event, None]],
+    failed: Callable[[int, str], Event],
+) -> StreamingResponse:
+    """A server-sent event stream. What is wrong before the first piece is an answer with its status; later an event.
+
+    Args:
+        events: what the interface makes of pieces. failed: its event for an error.
+    """
+    first = await anext(pieces)
+
+    async def again() -> AsyncGenerator[Piece, None]:
+        async with aclosing(pieces):
+            yield first
+            async for piece in pieces:
+                yield piece
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(again()) as them, aclosing(events(them)) as found:
+                async for event in found:
+                    yield _frame(event)
+        except Exception as error:
+            yield _frame(failed(*status_of(error)))
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+
+
+def _frame(event: Event) -> bytes:
+    name, data = event
+    text = data if isinstance(data, str) else dumps(data)
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {text}\n\n".encode(errors="replace")
+
+
+# ------------------------------------------------------------------------------- the door
+class Door:
+    """What every request passes: the key, and a limit to its body. Plain ASGI, so that streams stay streams.
+
+    Args:
+        key: that all but ``free`` paths ask for, as bearer token or x-api-key; None for none. most: bytes of a body.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, most: int, free: Sequence[str]) -> None:
+        self._app, self._key, self._most, self._free = app, key, most, free
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if self._key is not None and scope["path"] not in self._free and not self._knows(headers):
+            refusal = failure(
+                scope["path"], 401, "API key is missing or wrong; expected it as bearer token or x-api-key"
+            )
+            refusal.headers["WWW-Authenticate"] = "Bearer"
+            return await refusal(scope, receive, send)
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > self._most:
+            return await self._refuse(scope, receive, send)
+        taken, began = 0, False
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._most:
+                raise _TooLarge
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            await self._app(scope, limited, sending)
+        except _TooLarge:
+            if not began:
+                await self._refuse(scope, receive, send)
+
+    def _knows(self, headers: Mapping[str, str]) -> bool:
+        assert self._key is not None
+        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+        return hmac.compare_digest(given.encode(), self._key.encode())
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await failure(scope["path"], 413, f"body is too large; expected at most {self._most} bytes")(
+            scope, receive, send
+        )
+
+
+class _TooLarge(BaseException):  # no Exception: nothing on the way is to make something else of it
+    """A body went beyond the limit."""

@@ -1,0 +1,103 @@
+"""A server whose model says what a test wants: real engine, cache, sampler, constraints; only its logits are replaced.
+
+A test puts replies under what the last user message or tool result says; each place in a reply gets a certain token.
+With drafts the MTP layer proposes the reply's own next tokens, so verified chains span any border of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import uvicorn
+from torch import Tensor
+
+from nanoglm.api import Model
+from nanoglm.chat.tokenizer import byte_tokenizer
+from nanoglm.config import GLMConfig
+from nanoglm.engine import Engine, Request
+from nanoglm.engine.scheduler import Work
+from nanoglm.model import GLM
+from nanoglm.server.app import create_app
+from nanoglm.server.run import Server
+from nanoglm.server.service import Service
+
+TOKENIZER = byte_tokenizer()
+END, USER, OBSERVATION = (TOKENIZER.encode(t)[0] for t in ("<|endoftext|>", "<|user|>", "<|observation|>"))
+
+
+class Script:
+    """What is said, by a text that the prompt ends with."""
+
+    def __init__(self, replies: Mapping[str, str]) -> None:
+        self.replies = dict(replies)
+
+    def tokens(self, request: Request) -> list[int]:
+        """The reply to this request's prompt, with its end."""
+        prompt = TOKENIZER.decode(request.prompt, skip_special=False)
+        asked = max((k for k in self.replies if k in prompt), key=prompt.rindex, default=None)
+        reply = "" if asked is None else self.replies[asked]
+        return [*TOKENIZER.encode(reply), OBSERVATION if reply.endswith("</tool_call>") else USER]
+
+
+def scripted_model() -> Model:
+    config = GLMConfig.preset("tiny").replace(max_position_embeddings=8192, eos_token_id=(END, USER, OBSERVATION))
+    return Model(GLM(config).initialise(0), TOKENIZER)
+
+
+def scripted_engine(model: Model, script: Script, drafts: int = 0, pages: int = 256) -> Engine:
+    engine = Engine(model.module, pages=pages, drafts=drafts)
+    run, draft = engine.runner.run, engine.runner.draft
+    vocabulary = model.config.vocab_size
+
+    def certain(request: Request, place: int) -> Tensor:
+        tokens, logits_V = script.tokens(request), torch.zeros(vocabulary)
+        logits_V[tokens[place] if place < len(tokens) else END] = 60.0
+        return logits_V
+
+    def scripted_run(works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:
+        hidden, logits = run(works)
+        found: list[Tensor | None] = []
+        for work, rows in zip(works, logits, strict=True):
+            if rows is not None:
+                n, at = work.drafts + 1, len(work.request.outputs)
+                rows = torch.cat([rows[: len(rows) - n], *(certain(work.request, at + i)[None] for i in range(n))])
+            found.append(rows)
+        return hidden, found
+
+    def scripted_draft(requests: Sequence[Request], depths: Mapping[Request, int]) -> None:
+        draft(requests, depths)
+        for request in requests:
+            at, tokens = len(request.outputs), script.tokens(request)
+            for i in range(len(request.drafts)):
+                request.drafts[i] = tokens[at + i] if at + i < len(tokens) else END
+                if request.draft_probs:
+                    request.draft_probs[i] = torch.zeros(vocabulary).index_fill_(
+                        0, torch.tensor(request.drafts[i]), 1.0
+                    )
+
+    engine.runner.run = scripted_run  # type: ignore[method-assign]
+    engine.runner.draft = scripted_draft  # type: ignore[method-assign]
+    return engine
+
+
+@contextmanager
+def serving(service: Service, key: str | None = None, most_bytes: int = 2**22, grace: float = 5.0) -> Iterator[str]:
+    """The service behind a port of this machine; yields its URL."""
+    config = uvicorn.Config(create_app(service, key=key, most_bytes=most_bytes), log_level="warning")
+    server = Server(config, service, grace)
+    socket = config.bind_socket()
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        socket.close()
