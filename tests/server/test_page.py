@@ -53,7 +53,7 @@ def opened(browser: Browser, live_server: str) -> Iterator[Open]:
         page.set_default_timeout(20_000)
         page.goto(live_server)
         if most is not None:
-            setting(page, "Most tokens", most)
+            setting(page, "Max tokens", most)
         return page
 
     yield open_page
@@ -140,6 +140,7 @@ def test_an_answer_streams_and_its_figures_are_the_servers(opened: Open) -> None
     body = send(page, "Tell me of the sea.")
     assert body["stream"] and body["stream_options"] == {"include_usage": True} and body["xray"]
     assert body["messages"] == [{"role": "user", "content": "Tell me of the sea."}] and body["max_tokens"] == 40
+    assert body["model"] == page.request.get(f"{page.url}v1/models").json()["data"][0]["id"]
     finished(page)
     assert page.evaluate("window.lengths.size") > 3  # it grew, and did not come all at once
     assert len(answers(page)[0]) > 5
@@ -152,9 +153,13 @@ def test_an_answer_streams_and_its_figures_are_the_servers(opened: Open) -> None
 
 def test_stop_ends_the_answer(opened: Open) -> None:
     page = opened(most=4000)
-    send(page, "slow: go on and on")
-    expect(page.locator(".assistant .text", has_text=re.compile(r"\w"))).to_have_count(1)
-    page.get_by_role("button", name="Stop").click()
+    page.evaluate(  # at its first letter: a small model may end by itself before a test could click
+        "() => new MutationObserver((_, observer) => {"
+        "if (!document.querySelector('.assistant .text:not(:empty)')) return;"
+        "observer.disconnect(); document.getElementById('stop').click() })"
+        ".observe(document.getElementById('messages'), {subtree: true, childList: true, characterData: true})"
+    )
+    send(page, "Go on and on, slowly.")
     finished(page)
     assert figures(page)["Ended"] == "stopped by you"
     before = answers(page)
@@ -321,10 +326,10 @@ def test_the_last_question_can_be_changed_or_asked_again(opened: Open) -> None:
 
 
 # ---------------------------------------------------------------------------------- the X-ray
-def recorded(page: Page, path: str = "") -> Any:
-    """The server's own account of the last answer."""
+def recorded(page: Page, path: str = "", message: int = -1) -> Any:
+    """The server's own account of an answer."""
     kept = json.loads(page.evaluate("sessionStorage.getItem('nanoglm.messages')"))
-    found = page.request.get(f"{page.url.rstrip('/')}/xray/{kept[-1]['figures']['id']}{path}")
+    found = page.request.get(f"{page.url}xray/{kept[message]['figures']['id']}{path}")
     assert found.ok
     return found.json()
 
@@ -438,6 +443,21 @@ def test_heat_map_and_its_table(opened: Open) -> None:
     assert sum(map(int, own)) == sum(heat["counts"][row + 1])
 
 
+def test_xrays_of_two_answers_do_not_mix(opened: Open) -> None:
+    page = answered(opened)
+    page.keyboard.press("Escape")
+    send(page, "Once more, but for longer.")
+    finished(page)
+    for button, message in ((0, 1), (1, 3), (0, 1)):
+        page.get_by_role("button", name="X-ray").nth(button).click()
+        expect(page.locator("#chips .chip.hit").first).to_be_visible()
+        tokens = recorded(page, message=message)["tokens"]
+        assert page.locator("#chips .chip").count() == len(tokens)
+        page.locator("#chips").press("End")
+        assert chosen(page) == len(tokens) - 1
+        page.keyboard.press("Escape")
+
+
 def test_xray_that_is_gone_says_so(opened: Open) -> None:
     page = opened()
     canned(page, [delta("stop", content="Yes.")])
@@ -546,5 +566,7 @@ def serious(page: Page) -> list[str]:
 
 
 def fits(page: Page, element: str) -> None:
-    """Nothing has to be scrolled sideways."""
+    """Nothing has to be scrolled sideways, and no control lies beyond the edge."""
     assert page.evaluate(f"{element}.scrollWidth <= {element}.clientWidth")
+    script = "all => all.filter(one => one.getBoundingClientRect().right > innerWidth).map(one => one.id)"
+    assert page.locator("button, input, textarea, canvas, summary").evaluate_all(script) == []

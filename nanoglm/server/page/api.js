@@ -37,7 +37,7 @@ export async function* completion(body, signal) {
   });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
+    const chunk = parsed(data);
     if (chunk.error) throw new ServerError(sentence(chunk.error.message));
     yield chunk;
   }
@@ -82,6 +82,14 @@ async function* events(stream) {
     throw new ServerError("The connection to the server was lost.");
   } finally {
     reader.cancel().catch(() => {});
+  }
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw new ServerError("The server sent what is no JSON.");
   }
 }
 

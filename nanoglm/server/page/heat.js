@@ -47,12 +47,18 @@ export class HeatMap {
     this.choose = choose;
     this.canvas = root.querySelector("canvas");
     this.cursor = root.querySelector(".heat-row");
-    this.rows = [];
+    this.clear();
     this.canvas.addEventListener("click", (event) => {
       const box = this.canvas.getBoundingClientRect();
       this.#go(Math.floor(((event.clientY - box.top) / box.height) * this.rows.length));
     });
     root.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  clear() {
+    this.rows = [];
+    this.counts = [];
+    this.root.hidden = true;
   }
 
   static bins(length) {

@@ -128,13 +128,14 @@ class AnswerView {
   }
 
   update() {
-    const { content, reasoning_content: reasoning, figures } = this.message;
+    const { content, reasoning_content: reasoning, tool_calls: calls, figures } = this.message;
     const streams = !figures.finish;
+    const thinks = !content && !calls.length;
     this.root.setAttribute("aria-busy", String(streams));
     this.root.classList.toggle("streaming", streams);
     this.thinking.hidden = !reasoning;
-    if (!this.touched) this.thinking.open = streams && !content;
-    this.thinking.querySelector("summary").textContent = thinkingLine(figures, streams && !content);
+    if (!this.touched) this.thinking.open = thinks; // also where nothing followed it
+    this.thinking.querySelector("summary").textContent = thinkingLine(figures, streams && thinks);
     setText(this.thinking.querySelector(".text"), reasoning);
     showText(this.root.querySelector(".content"), content);
     this.#calls();

@@ -31,6 +31,7 @@ export class Xray {
     this.chosen = undefined;
     this.rows = new Map();
     this.heats = new Map();
+    this.heat.clear();
     element("xray-body").hidden = true;
     element("xray-summary").textContent = "";
     this.#failure("");
