@@ -92,6 +92,9 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    if isinstance(first.get("input"), bytes):
+        kind = request.headers.get("content-type")
+        return failure(request.url.path, 400, f"content-type is {kind}; expected application/json")
     if first["type"] == "json_invalid":
         return failure(request.url.path, 400, f"body is no JSON: {first.get('ctx', {}).get('error', 'cannot be read')}")
     found = "" if first["type"] == "missing" else f" is {_short(first.get('input'))}"

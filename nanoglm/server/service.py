@@ -336,7 +336,8 @@ class Service:
                 if tokens:
                     reply.times.append(time.monotonic())
                     seen = slice(begin, reply.tokens)
-                    yield Piece(reply.index, tuple(deltas), tuple(request.outputs[seen]), tuple(request.logprobs[seen]))
+                    given = tuple(request.outputs[seen]), tuple(request.logprobs[seen])
+                    yield Piece(reply.index, _merged(deltas), *given)
                 if over():
                     break
         deltas = said(text.flush())
@@ -347,7 +348,19 @@ class Service:
         reply.stopped_by, calls = until.found, 0 if parser is None else parser.calls
         length = request.finish == "length" and not over()
         reply.finish = "tool_calls" if calls else "length" if length else "stop"
-        yield Piece(reply.index, tuple(deltas), (), (), reply.finish)
+        yield Piece(reply.index, _merged(deltas), (), (), reply.finish)
+
+
+def _merged(deltas: Sequence[Delta]) -> tuple[Delta, ...]:
+    """Neighbours of one kind as one, but for calls: each is another."""
+    found = list[Delta]()
+    for delta in deltas:
+        last = found[-1] if found else None
+        if last is not None and delta.kind != "call" and (last.kind, last.index) == (delta.kind, delta.index):
+            found[-1] = replace(last, text=last.text + delta.text)
+        else:
+            found.append(delta)
+    return tuple(found)
 
 
 def _until(deltas: Sequence[Delta], until: Until) -> list[Delta]:
