@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoglm.cache import PAGE
+from nanoglm.chat.files import TOKENIZER_FILE, write_text_files
+from nanoglm.chat.template import ChatTemplate
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer
 from nanoglm.config import PRESETS, GLMConfig
 from nanoglm.engine import Engine, Request, SamplingParams, generate
@@ -27,10 +30,9 @@ from nanoglm.engine.request import check_prompt
 from nanoglm.errors import CheckpointError, InputError
 from nanoglm.model import GLM, Attention, BatchStore, Output, Tape
 from nanoglm.ops import Batch
-from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, materialise, save
+from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, copy_companions, materialise, save
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "nano"
-TOKENIZER_FILE = "tokenizer.json"
 TOGETHER = 64  # prompts that are continued at once
 
 
@@ -40,10 +42,13 @@ class Model:
     Attributes:
         config: the :class:`GLMConfig`. module: the ``nn.Module``. report: what loading found.
         tokenizer: the checkpoint's, or None for a preset whose vocabulary is not the byte tokenizer's.
+        directory: where it was loaded from, or None.
     """
 
-    def __init__(self, module: GLM, tokenizer: Tokenizer | None, report: Report | None = None) -> None:
-        self.module, self.config = module.eval(), module.config
+    def __init__(
+        self, module: GLM, tokenizer: Tokenizer | None, report: Report | None = None, directory: Path | None = None
+    ) -> None:
+        self.module, self.config, self.directory = module.eval(), module.config, directory
         self._tokenizer, self.report = tokenizer, report or Report()
         self._recording: Recording | None = None
         self._replayed: Iterator[Trace] | None = None
@@ -59,6 +64,11 @@ class Model:
     def has_tokenizer(self) -> bool:
         """Whether there is one."""
         return self._tokenizer is not None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The checkpoint's chat template, else GLM-5.2's. Raises CheckpointError if its file holds none."""
+        return ChatTemplate() if self.directory is None else ChatTemplate.from_directory(self.directory)
 
     @torch.no_grad()
     def logits(
@@ -205,7 +215,9 @@ class Model:
             self._replayed = None
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.bfloat16, mtp: bool = True) -> None:
-        """Writes a checkpoint that transformers, vLLM and SGLang read, with its tokenizer.
+        """Writes a checkpoint that transformers, vLLM and SGLang read, with tokenizer, chat template and defaults.
+
+        What lay beside the weights that the model was loaded from, and still does, is copied as it is.
 
         Args:
             dtype: fp32, bf16, fp16, or float8_e4m3fn (blocks of 128 x 128, the rest bf16).
@@ -213,8 +225,10 @@ class Model:
         """
 
         def beside(folder: Path) -> None:
+            if self.directory is not None:
+                copy_companions(self.directory, folder)
             if self._tokenizer is not None:
-                self._tokenizer.save(folder / TOKENIZER_FILE)
+                write_text_files(folder, self.config, self._tokenizer)
 
         save(self.module, directory, dtype=dtype, mtp=mtp, beside=beside)
 
@@ -414,7 +428,7 @@ def load(
         return _preset(str(path_or_preset), dtype, device, latent_norm_eps)
     module, report = Checkpoint(directory, latent_norm_eps=latent_norm_eps).load(dtype=dtype, device=device)
     file = directory / TOKENIZER_FILE
-    return Model(module, Tokenizer.from_file(file) if file.is_file() else None, report)
+    return Model(module, Tokenizer.from_file(file) if file.is_file() else None, report, directory.absolute())
 
 
 def checkpoint_directory(path_or_preset: str | Path | None) -> Path | None:

@@ -224,7 +224,8 @@ def test_eval_beside_all_full(tmp_path: Path, trained: Path, capsys: pytest.Capt
 
 def test_train_end_to_end(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {p.name for p in trained.iterdir()}
-    assert files == {"config.json", "model.safetensors", "shared_indexers.safetensors", "tokenizer.json", "train.jsonl"}
+    text = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert files == text | {"config.json", "model.safetensors", "shared_indexers.safetensors", "train.jsonl"}
     assert len({p.stat().st_mode for p in trained.iterdir()}) == 1  # as readable as any other file
     lines = [json.loads(line) for line in (trained / "train.jsonl").read_text().splitlines()]
     assert [(line["step"], line["stage"]) for line in lines] == [(0, "dense"), (7, "sparse")]

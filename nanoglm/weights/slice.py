@@ -101,10 +101,15 @@ def slice_checkpoint(
             kept = [m[:-1] for m in moved if m and not _without_indexer(m, config)]
             raw["quantization_config"] = quantization | {"modules_to_not_convert": kept}
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        for companion in COMPANIONS:
-            if (checkpoint.directory / companion).is_file():
-                shutil.copy(checkpoint.directory / companion, folder / companion)
+        copy_companions(checkpoint.directory, folder)
     return config
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what lies beside a checkpoint's weights for engines: tokenizer, chat template, generation defaults."""
+    for companion in COMPANIONS:
+        if (source / companion).is_file():
+            shutil.copy(source / companion, folder / companion)
 
 
 def _numbers(name: str, chosen: Sequence[int] | None, count: int) -> list[int]:
