@@ -28,7 +28,7 @@ def write_text_files(folder: Path, config: GLMConfig, tokenizer: Tokenizer) -> N
     tokenizer.save(folder / TOKENIZER_FILE)
     ids = {"eos_token_id": list(config.eos_token_id) or None, "pad_token_id": config.pad_token_id}
     first = {"eos_token": next(iter(config.eos_token_id), None), "pad_token": config.pad_token_id}
-    names = {key: tokenizer.backend.id_to_token(i) for key, i in first.items() if i in range(2**32)}  # some say -1
+    names = {key: tokenizer.backend.id_to_token(i) for key, i in first.items() if i is not None and i >= 0}
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,

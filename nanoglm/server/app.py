@@ -65,7 +65,8 @@ def create_app(service: Service, *, key: str | None = None, most_bytes: int = MO
         service.engine.close()
 
     app = FastAPI(
-        title="nanoglm", version=version("nanoglm"), lifespan=lifespan, docs_url=None, strict_content_type=False, redoc_url=None,
+        title="nanoglm", version=version("nanoglm"), lifespan=lifespan, docs_url=None, redoc_url=None,
+        strict_content_type=False,
         middleware=[Middleware(Door, key=key, most=most_bytes, free=free)],
     )  # fmt: skip
     for error in (NanoglmError, LookupError, Overloaded, ShuttingDown, TimeoutError, Exception):
