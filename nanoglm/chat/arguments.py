@@ -21,8 +21,8 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import unquote
 
 TYPES = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
@@ -165,14 +165,10 @@ def _json(text: str) -> Any:
     Raises:
         ValueError, RecursionError: it is none.
     """
-    value = json.loads(text, parse_constant=_refuse)
+    value = json.loads(text)
     if not _is_plain(value):
-        raise ValueError("too deep or too large")
+        raise ValueError("not finite, or too deep")
     return value
-
-
-def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _is_plain(value: Any, left: int = DEEPEST) -> bool:
@@ -256,7 +252,7 @@ class Schema:
         if not isinstance(schema, Mapping) or left == 0:
             return TYPES
         found, declared = TYPES, schema.get("type")
-        names = TYPES.intersection(name for name in _list([declared], declared) if isinstance(name, str))
+        names = TYPES.intersection(name for name in _list(declared, [declared]) if isinstance(name, str))
         if names:
             found &= names | ({"integer"} if "number" in names else set())
         if "const" in schema or isinstance(schema.get("enum"), list):
@@ -283,15 +279,14 @@ class Schema:
         return found
 
 
-def _list(*values: Any) -> list[Any]:
-    """The last of the values that is a list."""
-    return next((value for value in reversed(values) if isinstance(value, list)), [])
+def _list(value: Any, otherwise: Sequence[Any] = ()) -> Sequence[Any]:
+    return value if isinstance(value, list) else otherwise
 
 
-def _choices(schema: Any, otherwise: list[Any]) -> list[Any]:
+def _choices(schema: Any, otherwise: Sequence[Any]) -> Sequence[Any]:
     """The only values that a schema allows, if it names them."""
     if not isinstance(schema, Mapping):
         return otherwise
     if "const" in schema:
         return [schema["const"]]
-    return _list(otherwise, schema.get("enum"))
+    return _list(schema.get("enum"), otherwise)
