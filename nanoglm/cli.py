@@ -34,6 +34,8 @@ from nanoglm.server.commands import serve
 from nanoglm.train.commands import data, recipe_of, report, training
 from nanoglm.train.recipe import Recipe
 from nanoglm.verify import Receipt, verify
+from nanoglm.verify import endpoint as endpoints
+from nanoglm.verify.endpoint import Shape
 from nanoglm.weights import inspect as inspection
 from nanoglm.weights.slice import slice_checkpoint
 
@@ -241,21 +243,54 @@ def plan(
         Console(width=max(Console().width, 120)).print(table)
 
 
-def verify_(json: bool = False, faults: bool = True) -> None:
+def verify_(
+    json: bool = False,
+    faults: bool = True,
+    endpoint: str | None = None,
+    reference: Path | None = None,
+    write_reference: Path | None = None,
+    shape: Shape = "tiny",
+    tolerance: float = 1e-3,
+    longest: int | None = None,
+    api_key: str | None = None,
+) -> None:
     """The fidelity receipt: this code against transformers, layer by layer; every planted fault must show.
+
+    With --endpoint, any engine's server against this code: below, at and above top-k, across chunks, behind prefixes.
 
     Ends with exit code 0 if every row is green and every fault was caught, else 1.
 
     Args:
         json: Print one JSON object instead of a table.
         faults: Plant the faults; without them the receipt is incomplete.
+        endpoint: URL of a server that has loaded the reference checkpoint.
+        reference: Directory of that checkpoint.
+        write_reference: Write the reference checkpoint there, for an engine to load; nothing else is done.
+        shape: Of the reference: tiny, or with the widths of attention that engines' kernels are written for.
+        tolerance: Of a log-probability; 0.05 for an engine in bf16.
+        longest: Tokens of the longest prompt, to reach across the engine's chunks.
+        api_key: Of the server.
     """
+    if write_reference is not None:
+        config = endpoints.write_reference(write_reference, shape).config
+        print(f"{write_reference}: {config.num_hidden_layers} layers ({config.pattern}), k {config.index_topk}")
+        print(f"let an engine serve it, then: nanoglm verify --reference {write_reference} --endpoint URL")
+        return
+    if (endpoint is None) != (reference is None):
+        raise InputError("endpoint or reference is missing; expected both (nanoglm verify --write-reference makes one)")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("verifying", total=1.0)
-        receipt = verify(
-            faults=faults, progress=lambda what, share: progress.update(task, description=what, completed=share)
-        )
+
+        def shown(what: str, share: float) -> None:
+            progress.update(task, description=what, completed=share)
+
+        if endpoint is not None and reference is not None:
+            receipt = endpoints.verify_endpoint(
+                endpoint, reference, tolerance=tolerance, longest=longest, key=api_key, progress=shown
+            )
+        else:
+            receipt = verify(faults=faults, progress=shown)
     print(dumps(receipt.to_json())) if json else _print_receipt(receipt)
     sys.exit(0 if receipt.ok else 1)
 
@@ -277,9 +312,10 @@ def _print_receipt(receipt: Receipt) -> None:
     for sentence in receipt.not_run:
         print(f"not run: {sentence}")
     print(", ".join(f"{name} {version}" for name, version in receipt.versions.items()))
+    caught = f", {sum(fault.caught for fault in receipt.faults)} of {len(receipt.faults)} planted faults red"
     print(
         f"{'ok' if receipt.ok else 'NOT OK'}: {sum(row.ok for _, row in receipt.rows)} of {len(receipt.rows)} rows "
-        f"green, {sum(fault.caught for fault in receipt.faults)} of {len(receipt.faults)} planted faults red"
+        f"green{caught if receipt.faults else ''}"
     )
 
 

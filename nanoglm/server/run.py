@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,13 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
         super().__init__(config)
         self._service, self._grace = service, grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            host, port = each.getsockname()[:2]
+            line = f"{self._service.names[0]}: http://{host}:{port} (page at /, APIs under /v1, /metrics)"
+            print(line, file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         loop = asyncio.get_running_loop()
@@ -52,9 +60,4 @@ def run(service: Service, host: str, port: int, *, key: str | None = None, most_
     """Serves until a signal comes. Says where on standard error, once it listens."""
     app = create_app(service, key=key, most_bytes=most_bytes)
     config = uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=int(grace) + 5)
-    socket = config.bind_socket()
-    found = socket.getsockname()[1]
-    print(
-        f"{service.names[0]}: http://{host}:{found} (page at /, APIs under /v1, /metrics)", file=sys.stderr, flush=True
-    )
-    asyncio.run(Server(config, service, grace).serve([socket]))
+    asyncio.run(Server(config, service, grace).serve([config.bind_socket()]))
