@@ -33,6 +33,7 @@ from nanoglm.ops import Batch
 from nanoglm.weights import Checkpoint, Report, checkpoint_tensors, copy_companions, materialise, save
 
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "nano"
+ASSISTANT = DEFAULT_MODEL.with_name("assistant")  # of the commands that converse
 TOGETHER = 64  # prompts that are continued at once
 
 

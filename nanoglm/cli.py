@@ -31,6 +31,7 @@ from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.indexcache.commands import Verb as IndexCacheVerb
 from nanoglm.ops import count_work, cpu
 from nanoglm.server.commands import serve
+from nanoglm.terminal import chat
 from nanoglm.train.commands import data, recipe_of, report, training
 from nanoglm.train.recipe import Recipe
 from nanoglm.verify import Receipt, verify
@@ -358,6 +359,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "eval": evaluate_text,
     "longcontext": longcontext,
+    "chat": chat,
     "serve": serve,
     "inspect": inspect,
     "slice": slice_,

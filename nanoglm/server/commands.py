@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from nanoglm.api import ASSISTANT
 from nanoglm.errors import InputError
 from nanoglm.memory import parse_bytes
 
@@ -68,8 +69,8 @@ def serve(
             f"{error.name} is not installed; expected the server's packages: pip install nanoglm[serve]"
         ) from None
     service = make_service(
-        model, names=served_model_name, memory=memory, drafts=drafts, dtype=getattr(torch, dtype), most=max_requests,
-        timeout=timeout, context=context,
+        model or ASSISTANT, names=served_model_name, memory=memory, drafts=drafts, dtype=getattr(torch, dtype),
+        most=max_requests, timeout=timeout, context=context,
     )  # fmt: skip
     run(service, host, port, key=key, most_bytes=int(body), grace=grace)
 

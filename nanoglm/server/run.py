@@ -42,10 +42,10 @@ class Server(uvicorn.Server):
 
 
 def make_service(
-    model: str | Path | None, *, names: Sequence[str] = (), memory: str = "4GB", drafts: int | None = None,
+    model: str | Path, *, names: Sequence[str] = (), memory: str = "4GB", drafts: int | None = None,
     dtype: torch.dtype = torch.float32, **options: Any,
 ) -> Service:  # fmt: skip
-    """A service over a checkpoint, a preset, or the bundled assistant.
+    """A service over a checkpoint or a preset.
 
     Raises:
         InputError: the model is none, or nothing fits.

@@ -62,7 +62,7 @@ def write_reference(directory: Path, shape: Shape = "tiny") -> Model:
         config = GLMConfig.preset("tiny", **ENGINE, **kept).with_pattern("FFFSSS")
     module = GLM(config).initialise(5)
     with torch.no_grad():
-        module.lm_head.weight *= SHARP
+        module.lm_head.weight.mul_(SHARP)
     Model(module, byte_tokenizer()).save(directory)
     return load(directory)
 
@@ -80,8 +80,8 @@ def verify_endpoint(
 
     Args:
         url: of the server, with or without /v1. reference: the checkpoint's directory. tolerance: of a log-probability;
-            5e-2 suits an engine in bf16. longest: tokens of the longest prompt; a little above 4 times k if left out, at
-            least 1,100.
+            5e-2 suits an engine in bf16. longest: tokens of the longest prompt; a little above 4 times k if left out,
+            at least 1,100.
 
     Raises:
         InputError: the server cannot be reached, or does not answer as such a server does.
