@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -17,6 +17,7 @@ from rich.text import Text
 from nanoglm.api import ASSISTANT, Model, load
 from nanoglm.chat.constraint import Constraint, Grammars
 from nanoglm.chat.effort import effort_switches
+from nanoglm.chat.files import sampling_defaults
 from nanoglm.chat.parser import Delta, Parser
 from nanoglm.engine import Engine, Request, SamplingParams
 from nanoglm.engine.request import accepted_length
@@ -125,8 +126,7 @@ def chat(
     budget: int | None = None,
     system: str | None = None,
     max_tokens: int = 1024,
-    temperature: float = 0.6,
-    top_p: float = 0.95,
+    temperature: float | None = None,
     seed: int = 0,
     memory: str = "2GB",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -139,14 +139,16 @@ def chat(
         budget: Most tokens of thought.
         system: A system message.
         max_tokens: Most tokens of an answer, thought included.
-        temperature: 0 is greedy.
-        top_p: Of the likeliest tokens that make up so much.
+        temperature: 0 is greedy; as the checkpoint says if left out.
         seed: Of the sampler.
         memory: For weights, workspace and cache, such as 2GB.
         dtype: Of the weights in memory.
     """
     llm = LLM(load(model or ASSISTANT, dtype=getattr(torch, dtype)), memory=memory, quiet=True)
-    params = SamplingParams(max_tokens, temperature, seed=seed, top_p=top_p)
+    given: dict[str, Any] = sampling_defaults(llm.model.directory)
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, **given)
+    if temperature is not None:
+        params = replace(params, temperature=temperature)
     session = Session(llm.model, llm.engine, params, effort, budget)
     if system is not None:
         session.messages.append({"role": "system", "content": system})

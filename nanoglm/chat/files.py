@@ -13,8 +13,10 @@ from nanoglm.chat.template import FILE as TEMPLATE_FILE
 from nanoglm.chat.template import ChatTemplate
 from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.config import GLMConfig
+from nanoglm.errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
+GENERATION_FILE = "generation_config.json"
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 0.95}  # without the first, transformers ignores the others
 
 
@@ -38,11 +40,30 @@ def write_text_files(folder: Path, config: GLMConfig, tokenizer: Tokenizer) -> N
     texts = {
         TEMPLATE_FILE: ChatTemplate().source,
         "tokenizer_config.json": _json(about | names),
-        "generation_config.json": _json(SAMPLING | ids),
+        GENERATION_FILE: _json(SAMPLING | ids),
     }
     for file, text in texts.items():
         if not (folder / file).exists():
             (folder / file).write_text(text, encoding="utf-8")
+
+
+def sampling_defaults(directory: Path | None) -> dict[str, float]:
+    """Temperature and the like for requests that say nothing: a checkpoint's own, else GLM-5.2's.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    found = dict(SAMPLING)
+    file = None if directory is None else directory / GENERATION_FILE
+    if file is not None and file.is_file():
+        try:
+            found |= json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}; expected a JSON object") from None
+    if not found["do_sample"]:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: found[name] for name in names if isinstance(found.get(name), int | float)}
 
 
 def _json(fields: dict[str, Any]) -> str:

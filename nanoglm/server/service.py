@@ -16,6 +16,7 @@ from typing import Any, Literal
 from nanoglm.api import Model, Until
 from nanoglm.chat.constraint import Constraint, Grammar, Grammars
 from nanoglm.chat.effort import effort_switches, thinking_budget
+from nanoglm.chat.files import sampling_defaults
 from nanoglm.chat.parser import Delta, Parser
 from nanoglm.engine import AsyncEngine, Engine, Request, SamplingParams
 from nanoglm.engine.request import Logprobs
@@ -133,6 +134,7 @@ class Service:
         self.context = min(model.config.max_position_embeddings, engine.cache.pages * 64, context or 2**62)
         self.tokenizer = model.tokenizer
         self.grammars = Grammars(self.tokenizer, model.config.vocab_size, model.config.eos_token_id)
+        self._defaults: dict[str, Any] = sampling_defaults(model.directory)
         self.created = int(time.time())
         self._busy = 0  # replies that have started and not ended
         self._live: set[asyncio.Queue[Piece | Exception]] = set()
@@ -209,7 +211,7 @@ class Service:
         return list(prompt[-len(self._think) :]) == self._think
 
     def params(self, prompt: int, max_tokens: int | None, sampling: Mapping[str, Any]) -> SamplingParams:
-        """Sampling as GLM-5.2's generation_config has it where the request says nothing."""
+        """Sampling; the checkpoint's own where the request says nothing."""
         room = self.context - prompt
         if room < 1 or (max_tokens or 0) > room:
             wanted = f" and {max_tokens} new ones are wanted" if max_tokens else ""
@@ -217,7 +219,7 @@ class Service:
                 f"prompt has {prompt} tokens{wanted}; expected at most {self.context} together, the model's context "
                 "length here"
             )
-        given = {"temperature": 1.0, "top_p": 0.95} | {k: v for k, v in sampling.items() if v is not None}
+        given = self._defaults | {k: v for k, v in sampling.items() if v is not None}
         if given.get("top_k", 0) in (0, -1):  # vLLM's words for all
             given.pop("top_k", None)
         return SamplingParams(

@@ -13,7 +13,7 @@ from chat_examples import EXAMPLES, user
 
 import nanoglm
 from nanoglm.api import Model
-from nanoglm.chat.files import write_text_files
+from nanoglm.chat.files import sampling_defaults, write_text_files
 from nanoglm.chat.template import ChatTemplate
 from nanoglm.chat.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from nanoglm.config import GLMConfig
@@ -114,3 +114,16 @@ def test_ids_without_a_name_have_none(tmp_path: Path, changes: Any, names: Any, 
     assert {key: about[key] for key in ("eos_token", "pad_token") if key in about} == names
     defaults = json.loads((tmp_path / "generation_config.json").read_text())
     assert {key: value for key, value in defaults.items() if key.endswith("_id")} == ids
+
+
+def test_a_checkpoint_says_how_to_sample(tmp_path: Path) -> None:
+    assert sampling_defaults(None) == sampling_defaults(tmp_path) == {"temperature": 1.0, "top_p": 0.95}
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 0.4, "top_k": 20, "eos_token_id": [1], "min_p": null}')
+    assert sampling_defaults(tmp_path) == {"temperature": 0.4, "top_p": 0.95, "top_k": 20}
+    file.write_text('{"do_sample": false, "temperature": 0.4}')
+    assert sampling_defaults(tmp_path) == {"temperature": 0.0}
+    for damaged in ("{", "[1]"):
+        file.write_text(damaged)
+        with pytest.raises(CheckpointError, match="generation_config.json cannot be read"):
+            sampling_defaults(tmp_path)
