@@ -4,6 +4,9 @@ A :class:`Constraint` is a function of the tokens generated so far: which may co
 are asked for like tokens, and a chain may run from thought over its end into a call; what was rejected is taken back by
 asking again. The grammar begins behind the end of thought.
 
+There is one thought: with a budget, or a grammar, neither a call within it ends it nor does it begin again behind its
+end, as output of a model otherwise may (serving spec 3.1).
+
 A reply closes within its tokens. Grammars allow endless strings and numbers; so the length of the shortest way out is
 kept within what is left (by walking it in a copy of the matcher), and when no more is left than one token could add to
 it, only the way out is allowed. White space is fixed. Thought ends in time for all of that.
@@ -26,7 +29,7 @@ from nanoglm.chat.schema import longest_minimum, possible_types, resolve
 from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.errors import InputError
 
-THINK_END, CALL = "</think>", "<tool_call>"
+THINK, THINK_END, CALL = "<think>", "</think>", "<tool_call>"
 # Where there is a choice on the way out: what ends something, then what is short.
 _ENDS = (b"}", b"]", b'"', b"0", b"1", b"n", b"f", b"t", b"[", b"{")
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -221,9 +224,7 @@ class Constraint:
     ) -> None:  # fmt: skip
         self._grammars, self._grammar, self._max_tokens = grammars, grammar, max_tokens
         self._thinking, self._budget = thinking, max_tokens if budget is None else budget
-        self._ends = [grammars.token(THINK_END)] if thinking else []
-        if thinking and CALL in grammars.tokenizer.added and grammar is None:
-            self._ends.append(grammars.token(CALL))  # the parser's rule: a call ends thought
+        self._end = grammars.token(THINK_END) if thinking else None
         if grammar is not None:
             self._matcher, self._seen = grammar.matcher.deep_copy(), list[int]()
             least = grammar.way_out(self._matcher, max_tokens - 1 - thinking)  # one ends the reply, one the thought
@@ -236,23 +237,30 @@ class Constraint:
         """bool [vocabulary], what may follow ``outputs``; None for anything."""
         begin = self._reply(outputs)
         if begin is None:
-            if len(outputs) >= self._budget:
-                return self._only(self._ends[:1])
-            return None if self._grammar is None else self._thought_V
-        return None if self._grammar is None else self._next(list(outputs[begin:]), self._max_tokens - len(outputs))
+            return self._thought_V if len(outputs) < self._budget else self._only([self._grammars.token(THINK_END)])
+        if self._grammar is None:
+            return self._all_but(THINK)
+        return self._next(list(outputs[begin:]), self._max_tokens - len(outputs))
 
     def _reply(self, outputs: Sequence[int]) -> int | None:
         """Where the reply begins; None within thought."""
         if not self._thinking:
             return 0
         first = outputs[: self._budget + 1]  # the end is never further
-        return min((first.index(i) + 1 for i in self._ends if i in first), default=None)
+        return first.index(self._end) + 1 if self._end in first else None
 
     @cached_property
     def _thought_V(self) -> Tensor:
-        """Anything but the end of the reply and calls: those come in the grammar."""
+        """Anything but calls; and where a grammar is to come, but the end of the reply."""
+        allowed_V = self._all_but(CALL)
+        if self._grammar is not None:
+            allowed_V[list(self._grammars.stop_ids)] = False
+        return allowed_V
+
+    def _all_but(self, token: str) -> Tensor:
         allowed_V = torch.ones(self._grammars.vocab_size, dtype=torch.bool)
-        allowed_V[[*self._grammars.stop_ids, self._grammars.token(CALL)]] = False
+        if token in self._grammars.tokenizer.added:
+            allowed_V[self._grammars.token(token)] = False
         return allowed_V
 
     def _only(self, ids: Sequence[int]) -> Tensor:
