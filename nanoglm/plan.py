@@ -17,9 +17,9 @@ from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.memory import parse_bytes
 from nanoglm.model import GLM
-from nanoglm.weights import checkpoint_tensors
 from nanoglm.weights.fp8 import scale_shape
-from nanoglm.weights.names import EXPERTS, FP8, INDEXER, LAYER
+from nanoglm.weights.hf import named_tensors
+from nanoglm.weights.names import FP8, INDEXER, LAYER, STACKED
 
 FORMATS = ("bf16", "fp8", "int4_g64")
 CACHE_BYTES = 2  # bf16
@@ -41,14 +41,14 @@ def plan(config: GLMConfig, length: int) -> dict[str, Any]:
     """
     if not 1 <= length <= 1 << 40:
         raise InputError(f"length is {length}; expected at least 1 and at most 2**40")
-    shapes = _shapes(config)
+    tensors = _tensors(config)
     layers, full = config.num_hidden_layers, len(config.full_layers)
-    count = {name: prod(shape) for name, shape in shapes.items()}
+    count = {name: alike * prod(shape) for name, (alike, shape) in tensors.items()}
     mtp = sum(n for name, n in count.items() if _layer(name) == layers)
     indexer = sum(n for name, n in count.items() if INDEXER.fullmatch(name) and _layer(name) == 0)
     share = config.num_experts_per_tok / config.n_routed_experts
     active = sum(
-        n * (share if EXPERTS.fullmatch(name) else 1) for name, n in count.items() if 0 <= _layer(name) < layers
+        n * (share if STACKED.fullmatch(name) else 1) for name, n in count.items() if 0 <= _layer(name) < layers
     )
     head = config.vocab_size * config.hidden_size
     width = config.kv_lora_rank + config.qk_rope_head_dim
@@ -78,9 +78,9 @@ def plan(config: GLMConfig, length: int) -> dict[str, Any]:
             "ratio_without_attention_and_head": every / shared,
         },
         "cache_bytes": _cache(config, length),
-        "weight_bytes": {kind: sum(_bytes(n, s, kind) for n, s in shapes.items()) for kind in FORMATS},
-        "tensors": len(shapes),
-        "tensors_fp8": len(shapes) + sum(1 for name in shapes if FP8.fullmatch(name)),
+        "weight_bytes": {kind: sum(k * _bytes(n, s, kind) for n, (k, s) in tensors.items()) for kind in FORMATS},
+        "tensors": sum(alike for alike, _ in tensors.values()),
+        "tensors_fp8": sum(alike * (2 if FP8.fullmatch(name) else 1) for name, (alike, _) in tensors.items()),
     }
 
 
@@ -97,9 +97,16 @@ def _cache(config: GLMConfig, length: int) -> dict[str, int]:
     }
 
 
-def _shapes(config: GLMConfig) -> dict[str, tuple[int, ...]]:
+def _tensors(config: GLMConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """By name in memory: how many tensors it is on disk, and the shape of each (experts are stacked, gate on up)."""
     with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in checkpoint_tensors(GLM(config)).items()}
+        named = {name: tuple(tensor.shape) for name, tensor in named_tensors(GLM(config))}
+    found = {}
+    for name, shape in named.items():
+        match = STACKED.fullmatch(name)
+        halves = 2 if match and match[1] == "gate_up" else 1
+        found[name] = (halves * shape[0], (shape[1] // halves, shape[2])) if match else (1, shape)
+    return found
 
 
 def _layer(name: str) -> int:
@@ -108,7 +115,7 @@ def _layer(name: str) -> int:
 
 
 def _bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
-    """Bytes of one tensor in a format."""
+    """Bytes of one tensor on disk in a format."""
     values = prod(shape)
     if kind == "bf16" or not FP8.fullmatch(name):
         return values * (4 if name.endswith("e_score_correction_bias") else 2)
@@ -161,9 +168,9 @@ def place(config: GLMConfig, length: int, kind: str, tiers: Sequence[Tier]) -> f
     Returns:
         Tokens per second at most; None if a tier that is read has no bandwidth given.
     """
-    shapes = {n: s for n, s in _shapes(config).items() if _layer(n) < config.num_hidden_layers}
-    size = {name: _bytes(name, shape, kind) for name, shape in shapes.items()}
-    routed = sum(n for name, n in size.items() if EXPERTS.fullmatch(name))
+    tensors = {n: t for n, t in _tensors(config).items() if _layer(n) < config.num_hidden_layers}
+    size = {name: alike * _bytes(name, shape, kind) for name, (alike, shape) in tensors.items()}
+    routed = sum(n for name, n in size.items() if STACKED.fullmatch(name))
     embedding = 0 if config.tie_word_embeddings else size["model.embed_tokens.weight"]  # one row is read
     cache = _cache(config, length)
     scored = cache["index"] + cache["latent"] * min(length, config.index_topk) // length
