@@ -29,6 +29,7 @@ from nanoglm.errors import InputError, NanoglmError
 from nanoglm.eval.commands import longcontext
 from nanoglm.eval.perplexity import all_full, evaluate
 from nanoglm.indexcache.commands import Verb as IndexCacheVerb
+from nanoglm.launch.commands import launch
 from nanoglm.ops import count_work, cpu
 from nanoglm.server.commands import serve
 from nanoglm.terminal import chat
@@ -364,6 +365,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "slice": slice_,
     "plan": plan,
+    "launch": launch,
     "verify": verify_,
     "bench": bench,
     "indexcache": indexcache,

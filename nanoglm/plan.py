@@ -97,6 +97,20 @@ def _cache(config: GLMConfig, length: int) -> dict[str, int]:
     }
 
 
+def served_cache(config: GLMConfig, kind: str, mtp: bool) -> int:
+    """Bytes of cache per token in the engines' layouts (serving spec 6.1): latents in bf16, in FP8 with a scale per
+    128 values and RoPE in bf16, or in llama.cpp's q8_0; index keys in FP8, in llama.cpp bf16 (inferred).
+
+    Args:
+        kind: bf16, fp8 or q8_0. mtp: with the MTP layer's.
+    """
+    latent, rope, key = config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim
+    fp8 = latent + 4 * -(-latent // 128) + 2 * rope
+    layer = {"bf16": 2 * (latent + rope), "fp8": fp8, "q8_0": 34 * -(-(latent + rope) // 32)}[kind]
+    index = 2 * key if kind == "q8_0" else key + 4 * -(-key // 128)
+    return (config.num_hidden_layers + mtp) * layer + (len(config.full_layers) + mtp) * index
+
+
 def _tensors(config: GLMConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
     """By name in memory: how many tensors it is on disk, and the shape of each (experts are stacked, gate on up)."""
     with torch.device("meta"):

@@ -6,11 +6,13 @@ Source: indexcache spec 6.1, 6.2.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
+from nanoglm.launch import starting
 from nanoglm.weights.slice import slice_checkpoint
 
 
@@ -36,13 +38,9 @@ def apply(
 
 def launch_lines(directory: Path, config: GLMConfig) -> dict[str, str]:
     """By engine what to type; the configuration says the pattern too, the flags make it plain (spec 6.1)."""
-    keys = {name: value for name, value in config.to_dict().items() if name.startswith("index_topk_pattern")}
-    if not keys:
-        names = ("index_topk_freq", "index_skip_topk_offset")
-        keys = {name: config.to_dict()[name] for name in names}
-    overrides = json.dumps({"use_index_cache": True} | keys)
+    path = json.dumps(str(directory), ensure_ascii=False)
     return {
-        "vLLM": f"vllm serve {directory} --hf-overrides '{overrides}'",
-        "SGLang": f"python -m sglang.launch_server --model-path {directory} --json-model-override-args '{overrides}'",
-        "transformers": f'AutoModelForCausalLM.from_pretrained("{directory}")  # 5.23.0 reads indexer_types',
+        "vLLM": shlex.join(starting("vllm", directory, config)),
+        "SGLang": shlex.join(starting("sglang", directory, config)),
+        "transformers": f"AutoModelForCausalLM.from_pretrained({path})  # 5.23.0 reads indexer_types",
     }
