@@ -88,7 +88,7 @@ def scripted_engine(model: Model, script: Script, drafts: int = 0, pages: int = 
 @contextmanager
 def serving(service: Service, key: str | None = None, most_bytes: int = 2**22, grace: float = 5.0) -> Iterator[str]:
     """The service behind a port of this machine; yields its URL."""
-    config = uvicorn.Config(create_app(service, key=key, most_bytes=most_bytes), log_level="warning")
+    config = uvicorn.Config(create_app(service, key=key, most_bytes=most_bytes), port=0, log_level="warning")
     server = Server(config, service, grace)
     socket = config.bind_socket()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
