@@ -21,17 +21,16 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-from urllib.parse import unquote
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
-TYPES = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
+from nanoglm.chat.schema import DEEPEST, Schema, kinds
+
 _INSIDE_QUOTES = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # What may be a Python literal. All others, a date or 1or 2, would only make Python's parser complain.
 _LITERAL = re.compile(r"[\[{'\"]|(?:True|False|None|-?[0-9_.]+(?:[eE][-+]?[0-9]+)?)\Z")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
-DEEPEST = 100  # nesting of a value or a schema that is followed: whoever reads the JSON again has a limit, too
 
 
 class Arguments:
@@ -130,7 +129,7 @@ def _typed(text: str, types: frozenset[str]) -> tuple[Any, str]:
     """A value that may be of these types, and its JSON."""
     first = None
     for value, written in _readings(text):
-        if _kinds(value) & types:
+        if kinds(value) & types:
             return value, written
         first = first or (value, written)
     return first if first and "string" not in types else (text, _dumps(text))
@@ -181,14 +180,6 @@ def _is_plain(value: Any, left: int = DEEPEST) -> bool:
     return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _kinds(value: Any) -> set[str]:
-    """The JSON types of a value: 2 and 2.0 are an integer and a number."""
-    if isinstance(value, float) and not value.is_integer():
-        return {"number"}
-    names = {str: "string", bool: "boolean", dict: "object", list: "array", tuple: "array", type(None): "null"}
-    return {names[type(value)]} if type(value) in names else {"number", "integer"}
-
-
 def _dumps(value: Any) -> str:
     return _escaped(json.dumps(value, ensure_ascii=False))
 
@@ -196,97 +187,3 @@ def _dumps(value: Any) -> str:
 def _escaped(text: str) -> str:
     """JSON whose strings hold no half of a surrogate pair, which no UTF-8 could hold."""
     return _SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-# ------------------------------------------------------------------------------- the schema
-class Schema:
-    """A JSON schema of an object, asked for the types of its properties. What it does not understand allows all."""
-
-    def __init__(self, root: Any) -> None:
-        self._root = root
-        self._by_reference: dict[str, frozenset[str]] = {}
-
-    def types_of(self, key: str, read: Mapping[str, Any]) -> frozenset[str]:
-        """The JSON types that a property may have; a number may be an integer.
-
-        Args:
-            read: the properties that are known already: alternatives that contradict them do not count.
-        """
-        self._key, self._read, self._seen = key, read, set[str]()
-        return self._property(self._root) or TYPES
-
-    def _property(self, schema: Any, left: int = DEEPEST) -> frozenset[str] | None:
-        """As :meth:`types_of`; None if this schema says nothing about the key. Each reference is followed once."""
-        if not isinstance(schema, Mapping) or left == 0:
-            return None
-        said, key = list[frozenset[str] | None](), self._key
-        properties, others = schema.get("properties"), schema.get("additionalProperties")
-        if isinstance(properties, Mapping) and key in properties:
-            said.append(self._types(properties[key]))
-        elif isinstance(others, Mapping):
-            said.append(self._types(others))
-        reference = schema.get("$ref")
-        if isinstance(reference, str) and reference not in self._seen:
-            self._seen.add(reference)
-            said.append(self._property(self._target(reference), left - 1))
-        said += [self._property(part, left - 1) for part in _list(schema.get("allOf"))]
-        for name in ("anyOf", "oneOf"):
-            parts = [part for part in _list(schema.get(name)) if self._allows(part)]
-            found = [types for part in parts if (types := self._property(part, left - 1))]
-            said.append(frozenset[str]().union(*found) or None)
-        known = [types for types in said if types]
-        return TYPES.intersection(*known) or TYPES if known else None
-
-    def _allows(self, schema: Any) -> bool:
-        """Whether properties that tell alternatives apart, by const or enum, have the values that were read."""
-        for _ in range(8):  # references to references
-            if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
-                break
-            schema = self._target(schema["$ref"])
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        if not isinstance(properties, Mapping):
-            return True
-        return all(value in _choices(properties.get(key), [value]) for key, value in self._read.items())
-
-    def _types(self, schema: Any, left: int = DEEPEST) -> frozenset[str]:
-        if not isinstance(schema, Mapping) or left == 0:
-            return TYPES
-        found, declared = TYPES, schema.get("type")
-        names = TYPES.intersection(name for name in _list(declared, [declared]) if isinstance(name, str))
-        if names:
-            found &= names | ({"integer"} if "number" in names else set())
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            found &= frozenset[str]().union(*(_kinds(choice) for choice in _choices(schema, [])))
-        for name in ("anyOf", "oneOf"):
-            if parts := _list(schema.get(name)):
-                found &= frozenset[str]().union(*(self._types(part, left - 1) for part in parts))
-        for part in _list(schema.get("allOf")):
-            found &= self._types(part, left - 1)
-        reference = schema.get("$ref")
-        if isinstance(reference, str):
-            if reference not in self._by_reference:
-                self._by_reference[reference] = TYPES  # what one says that is asked by itself
-                self._by_reference[reference] = self._types(self._target(reference), left - 1)
-            found &= self._by_reference[reference]
-        return found or TYPES
-
-    def _target(self, reference: str) -> Any:
-        """What a JSON pointer into this schema points at; None if it leads nowhere."""
-        found, (start, *path) = self._root, reference.split("/")
-        for part in path if start == "#" else ["?"]:
-            name = unquote(part).replace("~1", "/").replace("~0", "~")
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return found
-
-
-def _list(value: Any, otherwise: Sequence[Any] = ()) -> Sequence[Any]:
-    return value if isinstance(value, list) else otherwise
-
-
-def _choices(schema: Any, otherwise: Sequence[Any]) -> Sequence[Any]:
-    """The only values that a schema allows, if it names them."""
-    if not isinstance(schema, Mapping):
-        return otherwise
-    if "const" in schema:
-        return [schema["const"]]
-    return _list(schema.get("enum"), otherwise)

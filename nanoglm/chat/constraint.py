@@ -17,6 +17,8 @@ Source: serving spec 2.7, 4.7, 5.1.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -25,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoglm.chat.schema import longest_minimum, possible_types, resolve
+from nanoglm.chat.schema import TYPES, Schema, longest_minimum
 from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.errors import InputError
 
 THINK, THINK_END, CALL = "<think>", "</think>", "<tool_call>"
-# Where there is a choice on the way out: what ends something, then what is short.
-_ENDS = (b"}", b"]", b'"', b"0", b"1", b"n", b"f", b"t", b"[", b"{")
+# Where there is a choice on the way out: what ends something, then what is short; what opens something at last.
+_ENDS, _SHORT, _OPEN = (b"}", b"]", b'"'), (b"0", b"1", b"n", b"f", b"t"), (b"[", b"{")
+_RUN = 16  # so many in a row end nothing
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -65,14 +68,19 @@ class Grammars:
         return ids[0]
 
     @cached_property
+    def markup(self) -> frozenset[int]:
+        """Ids of added tokens."""
+        return frozenset(i for name in self.tokenizer.added for i in self.tokenizer.encode(name))
+
+    @cached_property
     def way_out(self) -> list[int]:
         """Ids in the order of their choice on the way out; others follow."""
         single = {text: i for i, text in reversed(list(enumerate(self.bytes))) if len(text) == 1}
-        rest = [text for text in sorted(single) if text not in _ENDS]
+        rest = [text for text in sorted(single) if text not in (*_ENDS, *_SHORT, *_OPEN)]
         markup = [
             self.token(name) for name in ("</arg_value>", "</tool_call>", "</arg_key>") if name in self.tokenizer.added
         ]
-        return markup + [single[text] for text in (*_ENDS, *rest) if text in single]
+        return markup + [single[text] for text in (*_ENDS, *_SHORT, *rest, *_OPEN) if text in single]
 
     @cached_property
     def quote(self) -> int:
@@ -106,7 +114,10 @@ class Grammars:
         rules, longest = [], 0
         for number, tool in enumerate(tools):
             parameters = tool.get("parameters") or {}
-            rules += self._call(f"t{number}", tool["name"], parameters)
+            try:
+                rules += self._call(f"t{number}", tool["name"], parameters)
+            except (TypeError, ValueError, AttributeError):  # a list where an object belongs, and the like
+                raise InputError(f"tool {tool['name']} has parameters {parameters!r}; expected a JSON schema") from None
             longest = max(longest, len(tool["name"].encode()) + 8 + longest_minimum(parameters))
         names = " | ".join(f"t{number}" for number in range(len(tools)))
         begin, end = self.token(CALL), self.token("</tool_call>")
@@ -122,29 +133,70 @@ class Grammars:
         """The rules of one tool: its name, then its parameters in their order, those not required perhaps left out."""
         ids = [self.token(f"<{slash}arg_{part}>") for part in ("key", "value") for slash in ("", "/")]
         key, key_end, value, value_end = (f"<[{i}]>" for i in ids)
-        properties, required = parameters.get("properties") or {}, parameters.get("required") or ()
-        rules, parts = list[str](), [json.dumps(name)]
-        for number, (parameter, schema) in enumerate(properties.items()):
-            rules.append(f"{rule}_{number}: {_value(schema, parameters)}")
-            pair = f"{key} {json.dumps(parameter)} {key_end} {value} {rule}_{number} {value_end}"
-            parts.append(pair if parameter in required else f"({pair})?")
-        if not properties and parameters.get("additionalProperties", True) is not False:
-            parts.append(f"({key} NAME {key_end} {value} TEXT {value_end})*")
-        return [*rules, f"{rule}: {' '.join(parts)}"]
-
-
-def _value(schema: Any, parameters: Mapping[str, Any]) -> str:
-    """A value as GLM writes it: strings raw, all else JSON."""
-    types = possible_types(schema, parameters)
-    if "string" not in types:
         known = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
-        return f"%json {json.dumps({**known, **(schema if isinstance(schema, Mapping) else {}), 'x-guidance': _STYLE})}"
-    found = resolve(schema, parameters)
-    choices = [found["const"]] if "const" in found else found.get("enum")
-    if choices:
-        return " | ".join(json.dumps(c if isinstance(c, str) else json.dumps(c)) for c in choices)
-    least, most = found.get("minLength", 0), found.get("maxLength", "")
-    return "TEXT" if types != {"string"} or (least, most) == (0, "") else rf"/(.|\n){{{least},{most}}}/"
+        values, schema = _Values(rule, Schema(parameters), known), Schema(parameters).resolve(parameters)
+        required, others = schema.get("required") or (), schema.get("additionalProperties", True)
+        properties, parts = dict(schema.get("properties") or {}), [json.dumps(name)]
+        for parameter in required:
+            properties.setdefault(parameter, others)
+        for parameter, inner in properties.items():
+            pair = f"{key} {json.dumps(parameter)} {key_end} {value} {values.rule(inner)} {value_end}"
+            parts.append(pair if parameter in required else f"({pair})?")
+        if not properties and others is not False:
+            parts.append(f"({key} NAME {key_end} {value} {values.rule(others)} {value_end})*")
+        return [*values.rules, f"{rule}: {' '.join(parts)}"]
+
+
+class _Values:
+    """Rules of a tool's values as GLM writes them: strings raw, all else JSON."""
+
+    def __init__(self, name: str, root: Schema, known: Mapping[str, Any]) -> None:
+        self._name, self._root, self._known = name, root, known
+        self.rules = list[str]()
+
+    def rule(self, schema: Any) -> str:
+        """The name of a new rule for a schema's values."""
+        types = self._root.types(schema)
+        if types == TYPES:
+            return self._add("TEXT")
+        if types <= {"string", "null"}:
+            return self._add(self._text(schema))
+        inner = schema if isinstance(schema, Mapping) else {}
+        return self._add(f"%json {json.dumps({**self._known, **inner, 'x-guidance': _STYLE})}")
+
+    def _add(self, body: str, terminal: bool = False) -> str:
+        name = f"{self._name}_{len(self.rules)}"
+        self.rules.append(f"{name.upper() if terminal else name}: {body}")
+        return name.upper() if terminal else name
+
+    def _text(self, schema: Any) -> str:
+        """Of a schema that allows strings and null only."""
+        found, types = self._root.resolve(schema), self._root.types(schema)
+        for part in map(self._root.resolve, found.get("allOf") or ()):
+            found = {**part, **found}
+        if choices := [found["const"]] if "const" in found else found.get("enum"):
+            return " | ".join(json.dumps(c if isinstance(c, str) else json.dumps(c)) for c in choices)
+        for name in ("anyOf", "oneOf"):
+            if parts := found.get(name):
+                return " | ".join(self._add(self._text(part)) for part in parts)
+        if types == {"null"}:
+            return '"null"'
+        terms, (least, most) = ["TEXT"], (found.get("minLength", 0), found.get("maxLength", ""))
+        terms += [] if (least, most) == (0, "") else [rf"/(.|\n){{{least},{most}}}/"]
+        terms += [] if "pattern" not in found else [_searched(found["pattern"])]
+        text = self._add(" & ".join(terms), terminal=True)
+        return f'"null" | {text}' if "null" in types else text
+
+
+def _searched(pattern: str) -> str:
+    """A schema's pattern, which may match anywhere in a string, as a regular expression for all of it."""
+    begin, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
+    inner = pattern[begin : len(pattern) - end]
+    if "|" in re.sub(r"\\.|\[.*?\]|\(.*\)", "", inner) and (begin or end):
+        raise InputError(f"schema has pattern {pattern!r}; expected alternatives within brackets where it is anchored")
+    anything = r"(.|\n)*"
+    whole = f"{'' if begin else anything}({inner}){'' if end else anything}"
+    return "/" + re.sub(r"(?<!\\)/", r"\\/", whole) + "/"
 
 
 class _Vocabulary:
@@ -155,8 +207,7 @@ class _Vocabulary:
     def __init__(self, grammars: Grammars) -> None:
         self._tokenizer, self.tokens = grammars.tokenizer, grammars.bytes
         self.eos_token_id = grammars.stop_ids[0] if grammars.stop_ids else 0
-        named = {i for name in self._tokenizer.added for i in self._tokenizer.encode(name)}
-        self.special_token_ids = [i for i, text in enumerate(self.tokens) if i in named or not text]
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if i in grammars.markup or not text]
 
     def __call__(self, text: bytes) -> list[int]:
         return self._tokenizer.encode_plain(text.decode(errors="replace"))
@@ -177,29 +228,38 @@ class Grammar:
         if not grammars.tokenizer.is_bytes:
             self.longest *= 4  # a token may open several things
 
-    def way_out(self, matcher: Any, most: int) -> list[int] | None:
-        """Tokens that complete what the matcher has seen, chosen greedily; None if ``most`` do not suffice."""
-        found, matcher = list[int](), matcher.deep_copy()
+    def way_out(self, matcher: Any, most: int, reply: Sequence[int] = ()) -> list[int] | None:
+        """Tokens that complete what the matcher has seen, chosen greedily; None if ``most`` do not suffice.
+
+        Args:
+            reply: what it has seen: the way out of what stands on a way out is the rest of that.
+        """
+        found, matcher, used = list[int](), matcher.deep_copy(), Counter(reply)
         while len(found) <= most:
             if matcher.is_accepting():
                 return found
             forced = matcher.compute_ff_tokens()
             if not forced:
-                allowed = self.allowed(matcher)
-                forced = [self._choice(allowed, found[-1] if found else None)]
+                forced = [self._choice(self.allowed(matcher), used, [*reply[-_RUN:], *found][-_RUN:])]
             if not matcher.consume_tokens(forced):
                 return None
             found += forced
+            used.update(forced)
         return None
 
-    def _choice(self, allowed: np.ndarray, last: int | None) -> int:
+    def _choice(self, allowed: np.ndarray, used: Mapping[int, int], last: list[int]) -> int:
+        """What ends something; else what came least often: any number of it may not lead out of a pattern, or of a
+        schema that holds itself."""
+        texts, quote = self.grammars.bytes, self.grammars.quote
         choices = [i for i in self.grammars.way_out if allowed[i]] or [int(allowed.argmax())]
-        if self.grammars.bytes[choices[0]] in _ENDS and len(choices) > 64 and allowed[self.grammars.quote]:
-            return self.grammars.quote  # within a string, where brackets end nothing
-        # What ends nothing not twice: a pattern may ask for something else behind any number of it.
-        return (
-            choices[1] if choices[1:] and choices[0] == last and self.grammars.bytes[last] not in _ENDS else choices[0]
-        )
+        first = choices[0]
+        if len(texts[first]) > 1:  # markup
+            return first
+        if len(choices) > 64:  # within a string, where brackets end nothing
+            first = quote if allowed[quote] and last[-2:] != [quote] * 2 else -1
+        if first >= 0 and texts[first] in _ENDS and last != [first] * _RUN:
+            return first
+        return min(choices, key=lambda i: (texts[i] in _OPEN, used[i]))
 
     def allowed(self, matcher: Any) -> np.ndarray:
         """bool [vocabulary]: what may come next in the grammar."""
@@ -212,7 +272,8 @@ class Constraint:
 
     Args:
         thinking: whether the prompt ends within a thought. budget: most tokens of it, without its end; None for any
-            number. grammar: what is said behind it; None for anything. max_tokens: of thought and reply together.
+            number. There is no second thought with one. grammar: what is said behind it; None for anything.
+            max_tokens: of thought and reply together.
 
     Raises:
         InputError: the grammar needs more tokens than there are.
@@ -225,6 +286,7 @@ class Constraint:
         self._grammars, self._grammar, self._max_tokens = grammars, grammar, max_tokens
         self._thinking, self._budget = thinking, max_tokens if budget is None else budget
         self._end = grammars.token(THINK_END) if thinking else None
+        self._free_V = None if budget is None else self._all_but([grammars.token(THINK)])
         if grammar is not None:
             self._matcher, self._seen = grammar.matcher.deep_copy(), list[int]()
             least = grammar.way_out(self._matcher, max_tokens - 1 - thinking)  # one ends the reply, one the thought
@@ -239,7 +301,7 @@ class Constraint:
         if begin is None:
             return self._thought_V if len(outputs) < self._budget else self._only([self._grammars.token(THINK_END)])
         if self._grammar is None:
-            return self._all_but(THINK)
+            return self._free_V
         return self._next(list(outputs[begin:]), self._max_tokens - len(outputs))
 
     def _reply(self, outputs: Sequence[int]) -> int | None:
@@ -252,21 +314,16 @@ class Constraint:
     @cached_property
     def _thought_V(self) -> Tensor:
         """Anything but calls; and where a grammar is to come, but the end of the reply."""
-        allowed_V = self._all_but(CALL)
-        if self._grammar is not None:
-            allowed_V[list(self._grammars.stop_ids)] = False
-        return allowed_V
-
-    def _all_but(self, token: str) -> Tensor:
-        allowed_V = torch.ones(self._grammars.vocab_size, dtype=torch.bool)
-        if token in self._grammars.tokenizer.added:
-            allowed_V[self._grammars.token(token)] = False
-        return allowed_V
+        calls = [self._grammars.token(CALL)] if CALL in self._grammars.tokenizer.added else []
+        return self._all_but([*calls, *(self._grammars.stop_ids if self._grammar is not None else ())])
 
     def _only(self, ids: Sequence[int]) -> Tensor:
         allowed_V = torch.zeros(self._grammars.vocab_size, dtype=torch.bool)
         allowed_V[list(ids)] = True
         return allowed_V
+
+    def _all_but(self, ids: Sequence[int]) -> Tensor:
+        return ~self._only(ids)
 
     def _next(self, reply: list[int], left: int) -> Tensor | None:
         """What the grammar allows, with ``left`` tokens to come; only the way out if that is getting long."""
@@ -277,6 +334,8 @@ class Constraint:
             known = next(n for n, i in enumerate(self._seen) if n == len(reply) or i != reply[n])
             self._matcher.rollback(len(self._seen) - known)
             self._seen = reply[:known]
+            if known < self._safe[0]:  # that was another way
+                self._safe = 0, 0
         if not set(stops).isdisjoint(reply[known:]):
             return None  # behind the end drafts may be asked for; nothing comes of them
         if reply[known:] and not self._matcher.consume_tokens(reply[known:]):
@@ -284,13 +343,13 @@ class Constraint:
         self._seen = reply
         walked, fits = self._safe
         if not walked <= len(reply) < fits:
-            out = grammar.way_out(self._matcher, left - 1)
-            spare = (
-                0 if out is None else left - 1 - len(out) - grammar.longest
-            )  # of a way that is not found nothing is sure
+            out = grammar.way_out(self._matcher, left - 1, reply)
+            # Of a way that is not found nothing is sure.
+            spare = 0 if out is None else left - 1 - len(out) - grammar.longest
             if out is not None and spare <= 0:
                 return self._only(out[:1] or stops)
-            self._safe = len(reply), len(reply) + 1 + spare // (grammar.longest + 1)
+            # As long as it must still have been above 0: so it does not matter where the way was walked.
+            self._safe = len(reply), len(reply) + 1 + max(0, spare - 1) // (grammar.longest + 1)
         allowed_V = torch.from_numpy(grammar.allowed(self._matcher))
         if self._matcher.is_accepting():
             allowed_V[list(stops)] = True

@@ -1,75 +1,183 @@
-"""What a JSON schema says, as far as writing values of it needs."""
+"""What a JSON schema says, as far as reading and writing values of it needs.
+
+Source: serving spec 3.3.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
-TYPES = frozenset(("string", "number", "integer", "boolean", "null", "object", "array"))
+TYPES = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
+DEEPEST = 100  # nesting of a value or a schema that is followed: whoever reads the JSON again has a limit, too
 
 
-def resolve(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema that a chain of ``$ref`` within ``root`` leads to; an empty one for what is none."""
-    for _ in range(32):  # a chain that turns in a circle says nothing
-        if not isinstance(schema, Mapping):
-            return {}
+def kinds(value: Any) -> set[str]:
+    """The JSON types of a value: 2 and 2.0 are an integer and a number."""
+    if isinstance(value, float) and not value.is_integer():
+        return {"number"}
+    names = {str: "string", bool: "boolean", dict: "object", list: "array", tuple: "array", type(None): "null"}
+    return {names[type(value)]} if type(value) in names else {"number", "integer"}
+
+
+class Schema:
+    """A JSON schema of an object, asked for the types of its properties. What it does not understand allows all."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._by_reference: dict[str, frozenset[str]] = {}
+
+    def types_of(self, key: str, read: Mapping[str, Any]) -> frozenset[str]:
+        """The JSON types that a property may have; a number may be an integer.
+
+        Args:
+            read: the properties that are known already: alternatives that contradict them do not count.
+        """
+        self._key, self._read, self._seen = key, read, set[str]()
+        return self._property(self._root) or TYPES
+
+    def resolve(self, schema: Any) -> Mapping[str, Any]:
+        """The schema that a chain of ``$ref`` leads to; an empty one for what is none."""
+        for _ in range(8):  # a chain that turns in a circle says nothing
+            if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
+                break
+            schema = self.target(schema["$ref"])
+        return schema if isinstance(schema, Mapping) and not isinstance(schema.get("$ref"), str) else {}
+
+    def _property(self, schema: Any, left: int = DEEPEST) -> frozenset[str] | None:
+        """As :meth:`types_of`; None if this schema says nothing about the key. Each reference is followed once."""
+        if not isinstance(schema, Mapping) or left == 0:
+            return None
+        said, key = list[frozenset[str] | None](), self._key
+        properties, others = schema.get("properties"), schema.get("additionalProperties")
+        if isinstance(properties, Mapping) and key in properties:
+            said.append(self.types(properties[key]))
+        elif isinstance(others, Mapping):
+            said.append(self.types(others))
         reference = schema.get("$ref")
-        if not isinstance(reference, str):
-            return schema
-        schema = root
-        for part in reference.lstrip("#/").split("/"):
-            part = part.replace("~1", "/").replace("~0", "~")
-            schema = schema.get(part) if isinstance(schema, Mapping) else None
-    return {}
+        if isinstance(reference, str) and reference not in self._seen:
+            self._seen.add(reference)
+            said.append(self._property(self.target(reference), left - 1))
+        said += [self._property(part, left - 1) for part in _list(schema.get("allOf"))]
+        for name in ("anyOf", "oneOf"):
+            parts = [part for part in _list(schema.get(name)) if self._allows(part)]
+            found = [types for part in parts if (types := self._property(part, left - 1))]
+            said.append(frozenset[str]().union(*found) or None)
+        known = [types for types in said if types]
+        return TYPES.intersection(*known) or TYPES if known else None
+
+    def _allows(self, schema: Any) -> bool:
+        """Whether properties that tell alternatives apart, by const or enum, have the values that were read."""
+        properties = self.resolve(schema).get("properties")
+        if not isinstance(properties, Mapping):
+            return True
+        return all(value in _choices(properties.get(key), [value]) for key, value in self._read.items())
+
+    def types(self, schema: Any, left: int = DEEPEST) -> frozenset[str]:
+        """The JSON types that a value of a schema within this one may have."""
+        if not isinstance(schema, Mapping) or left == 0:
+            return TYPES
+        found, declared = TYPES, schema.get("type")
+        names = TYPES.intersection(name for name in _list([declared], declared) if isinstance(name, str))
+        if names:
+            found &= names | ({"integer"} if "number" in names else set())
+        if "const" in schema or isinstance(schema.get("enum"), list):
+            found &= frozenset[str]().union(*(kinds(choice) for choice in _choices(schema, [])))
+        for name in ("anyOf", "oneOf"):
+            if parts := _list(schema.get(name)):
+                found &= frozenset[str]().union(*(self.types(part, left - 1) for part in parts))
+        for part in _list(schema.get("allOf")):
+            found &= self.types(part, left - 1)
+        reference = schema.get("$ref")
+        if isinstance(reference, str):
+            if reference not in self._by_reference:
+                self._by_reference[reference] = TYPES  # what one says that is asked by itself
+                self._by_reference[reference] = self.types(self.target(reference), left - 1)
+            found &= self._by_reference[reference]
+        return found or TYPES
+
+    def target(self, reference: str) -> Any:
+        """What a JSON pointer into this schema points at; None if it leads nowhere."""
+        found, (start, *path) = self._root, reference.split("/")
+        for part in path if start == "#" else ["?"]:
+            name = unquote(part).replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
 
 
-def possible_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
-    """The types that a value may have, by the names of JSON schema; of an empty schema all."""
-    schema = resolve(schema, root)
-    if isinstance(found := schema.get("type"), str | list):
-        return TYPES & {found} if isinstance(found, str) else TYPES & {t for t in found if isinstance(t, str)}
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        return frozenset(_type_of(value) for value in values)
-    for name in ("anyOf", "oneOf"):
-        if isinstance(schema.get(name), list):
-            return frozenset().union(*(possible_types(choice, root) for choice in schema[name]))
-    return TYPES
+def _list(*values: Any) -> list[Any]:
+    """The last of the values that is a list."""
+    return next((value for value in reversed(values) if isinstance(value, list)), [])
 
 
-def _type_of(value: Any) -> str:
-    kinds = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"), (dict, "object"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
+def _choices(schema: Any, otherwise: list[Any]) -> list[Any]:
+    """The only values that a schema allows, if it names them."""
+    if not isinstance(schema, Mapping):
+        return otherwise
+    if "const" in schema:
+        return [schema["const"]]
+    return _list(otherwise, schema.get("enum"))
+
+
+# ------------------------------------------------------------------------------- how long a value is at least
+_MOST = 1 << 20  # a schema that asks for more of itself has no least value
+_REPEATS = re.compile(r"\{(\d{1,6})")
 
 
 def longest_minimum(schema: Any) -> int:
     """A bound on the bytes of JSON that one token can make necessary which need not have been: what the largest thing
-    in the schema that may be left out takes at least, counting choices by their longest."""
-    root = schema if isinstance(schema, Mapping) else {}
-    optional = max((_minimum(part, root, 0) for part in _parts(schema)), default=0)
+    in the schema that may be left out takes at least, its name included."""
+    least = _Least(schema)
+    optional = max((least.of(part, most=True) + _longest_name(part) for part in _parts(schema)), default=0)
     return min(optional, _MOST) + 32
 
 
-_MOST = 1 << 20  # a schema that asks for more of itself has no least value
+class _Least:
+    """Bytes that values take at least; nearly, and rather more than less."""
+
+    def __init__(self, schema: Any) -> None:
+        root, references = Schema(schema), {part["$ref"] for part in _parts(schema) if _refers(part)}
+        self._known = dict.fromkeys(references, _MOST)
+        for _ in references:  # each round at least one of them gets its final value, as long as any does
+            found = {reference: self.of(root.target(reference)) for reference in references}
+            if found == self._known:
+                break
+            self._known = found
+
+    def of(self, schema: Any, most: bool = False, left: int = DEEPEST) -> int:
+        """Of a schema; of choices the shortest, or of its own the longest, ``most``."""
+        if not isinstance(schema, Mapping) or left == 0:
+            return _MOST if left == 0 else 24
+        if _refers(schema):
+            return self._known[schema["$ref"]]
+        pick = max if most else min
+        if choices := _choices(schema, []):
+            return pick(len(json.dumps(value)) for value in choices)
+        found = 24 + _number(schema, "minLength")
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        for name in _list(schema.get("required")):
+            found += len(json.dumps(name)) + 4 + self.of(properties.get(name), left=left - 1)
+        if items := _number(schema, "minItems"):
+            found += items * (2 + self.of(schema.get("items"), left=left - 1))
+        if isinstance(pattern := schema.get("pattern"), str):  # a guess: repetitions may be nested
+            found += len(pattern) + sum(map(int, _REPEATS.findall(pattern)))
+        found += sum(self.of(part, left=left - 1) for part in _list(schema.get("allOf")))
+        for name in ("anyOf", "oneOf"):
+            found += pick((self.of(part, left=left - 1) for part in _list(schema.get(name))), default=0)
+        return min(found, _MOST)
 
 
-def _minimum(schema: Any, root: Mapping[str, Any], depth: int) -> int:
-    """Bytes that a value takes at least, of choices the longest."""
-    schema = resolve(schema, root)
-    if depth > 16:
-        return _MOST
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        return max((len(json.dumps(value)) for value in values), default=0)
-    below = [
-        _minimum(choice, root, depth + 1) for name in ("anyOf", "oneOf", "allOf") for choice in schema.get(name) or ()
-    ]
-    required = schema.get("required") or ()
-    properties = schema.get("properties") or {}
-    inner = sum(len(json.dumps(name)) + 4 + _minimum(properties.get(name), root, depth + 1) for name in required)
-    inner += _number(schema, "minItems") * (2 + _minimum(schema.get("items"), root, depth + 1))
-    return 24 + inner + _number(schema, "minLength") + max(below, default=0)
+def _refers(schema: Any) -> bool:
+    return isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str)
+
+
+def _longest_name(schema: Any) -> int:
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return max((len(json.dumps(name)) for name in properties), default=0) if isinstance(properties, Mapping) else 0
 
 
 def _number(schema: Mapping[str, Any], name: str) -> int:
@@ -79,7 +187,9 @@ def _number(schema: Mapping[str, Any], name: str) -> int:
 
 def _parts(schema: Any) -> Iterator[Any]:
     """Every schema within a schema, and itself."""
-    yield schema
-    for value in schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ():
-        if isinstance(value, Mapping | list):
-            yield from _parts(value)
+    left = [schema]
+    while left:
+        found = left.pop()
+        yield found
+        inner = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else ()
+        left += [value for value in inner if isinstance(value, Mapping | list)]
