@@ -137,9 +137,13 @@ class Parser:
         """How many calls are complete."""
         return self._completed
 
-    def push(self, text: str) -> list[Delta]:
-        """The next piece of the output; nothing counts after :meth:`finish`."""
-        for piece in self._pieces(text, last=False):
+    def push(self, text: str, literal: bool = False) -> list[Delta]:
+        """The next piece of the output; nothing counts after :meth:`finish`.
+
+        Args:
+            literal: it is no markup, whatever it spells. Tags are never pushed in parts then.
+        """
+        for piece in [text] if literal and text else self._pieces(text, last=False):
             self._take(piece)
         return self._deltas()
 

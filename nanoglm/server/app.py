@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from nanoglm.errors import NanoglmError
@@ -80,7 +81,9 @@ def create_app(service: Service, *, key: str | None = None, most_bytes: int = MO
     app.include_router(xray.router(xrays))
     app.include_router(_plain(service))
     if PAGE.is_dir():
-        app.mount("/", _Page(directory=PAGE, html=True))
+        files = _Page(directory=PAGE, html=True)
+        for path in ("/", *pages):  # a mount would answer for all paths: with 405 where there is nothing
+            app.router.routes.append(Route(path, files))
     return app
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.engine.request import Logprobs
 from nanoglm.errors import InputError
 from nanoglm.server.http import JSON, Event, answer, collect, stream
@@ -290,63 +292,87 @@ class Completion:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.service.names[0]}
 
     async def chunks(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Event, None]:
-        base, at = self._base(), dict[int, int]()
-        if self.asked.echo:
-            for reply in self.replies:
-                text = self.service.tokenizer.decode(reply.job.prompt)
-                at[reply.index] = len(text)
-                yield None, {**base, "choices": [self._choice(reply.index, text, None, self._prompt_logprobs(reply))]}
+        base, begun = self._base(), dict[int, _Offsets]()
         async for piece in pieces:
-            text = "".join(delta.text for delta in piece.deltas)
-            logprobs = self._logprobs(piece.logprobs, at.get(piece.index, 0))
-            at[piece.index] = at.get(piece.index, 0) + len(text)
+            index, reply = piece.index, self.replies[piece.index]
+            if index not in begun:  # its prompt has been read
+                before, logprobs, begun[index] = self._echo(reply)
+                if before:
+                    yield None, {**base, "choices": [self._choice(index, before, None, logprobs)]}
+            text, logprobs = self._said([piece], begun[index])
             if text or logprobs or piece.finish:
-                yield None, {**base, "choices": [self._choice(piece.index, text, piece.finish, logprobs)]}
+                yield None, {**base, "choices": [self._choice(index, text, piece.finish, logprobs)]}
         if self.asked.include_usage:
-            yield None, {**base, "choices": [], "usage": usage_of(Usage.of(self.replies))}
+            yield None, {**base, "choices": [], "usage": self._usage()}
         yield None, "[DONE]"
 
     async def whole(self) -> dict[str, Any]:
         self.replies = self.service.start_all(self.jobs)
         choices = []
         for reply, pieces in zip(self.replies, await collect(self.service, self.replies), strict=True):
-            text, logprobs = "", list[Logprobs]()
-            if self.asked.max_tokens != 0:
-                text = "".join(delta.text for piece in pieces for delta in piece.deltas)
-                logprobs = [each for piece in pieces for each in piece.logprobs]
-            before = self.service.tokenizer.decode(reply.job.prompt) if self.asked.echo else ""
-            found = self._logprobs(logprobs, len(before))
-            if self.asked.echo and self.asked.logprobs is not None:
-                found = _joined(self._prompt_logprobs(reply), found)
-            choices.append(self._choice(reply.index, before + text, pieces[-1].finish, found))
-        return {**self._base(), "choices": choices, "usage": usage_of(Usage.of(self.replies))}
+            before, given, offsets = self._echo(reply)
+            text, logprobs = self._said(pieces, offsets)
+            choices.append(self._choice(reply.index, before + text, pieces[-1].finish, _joined(given, logprobs)))
+        return {**self._base(), "choices": choices, "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        usage = Usage.of(self.replies)
+        return usage_of(usage if self.asked.max_tokens != 0 else replace(usage, completion=0))
 
     def _choice(self, index: int, text: str, finish: str | None, logprobs: Any) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, found: Sequence[Logprobs], begin: int) -> dict[str, Any] | None:
+    def _echo(self, reply: Reply) -> tuple[str, dict[str, Any] | None, _Offsets]:
+        """The prompt's text and log-probabilities, of which the first token has none; and where the reply begins."""
+        tokenizer, prompt = self.service.tokenizer, reply.job.prompt
+        if not self.asked.echo:
+            return "", None, _Offsets(tokenizer)
+        offsets, logprobs = _Offsets(tokenizer), None
+        if self.asked.logprobs is not None:
+            head = {"tokens": [self._text(prompt[0])], "token_logprobs": [None], "top_logprobs": [None]}
+            offsets.push(prompt[0])
+            rest = self._logprobs(reply.request.prompt_logprobs, offsets)
+            logprobs = _joined({**head, "text_offset": [0]}, rest)
+        text = tokenizer.decode(prompt)
+        return text, logprobs, _Offsets(tokenizer, len(text))
+
+    def _said(self, pieces: Sequence[Piece], offsets: _Offsets) -> tuple[str, dict[str, Any] | None]:
+        """The text and log-probabilities of pieces; nothing if nothing was asked for."""
+        if self.asked.max_tokens == 0:
+            return "", None
+        text = "".join(delta.text for piece in pieces for delta in piece.deltas)
+        return text, self._logprobs([each for piece in pieces for each in piece.logprobs], offsets)
+
+    def _logprobs(self, found: Sequence[Logprobs], offsets: _Offsets) -> dict[str, Any] | None:
         if self.asked.logprobs is None or not found:
             return None
-        texts = [self._text(each.token) for each in found]
-        offsets = [begin + sum(map(len, texts[:i])) for i in range(len(texts))]
         # The token itself is always among them, as OpenAI has it.
         tops = [{self._text(i): p for i, p in {**each.top, each.token: each.logprob}.items()} for each in found]
         return {
-            "tokens": texts, "token_logprobs": [each.logprob for each in found], "top_logprobs": tops,
-            "text_offset": offsets,
-        }  # fmt: skip
-
-    def _prompt_logprobs(self, reply: Reply) -> dict[str, Any] | None:
-        """Of the prompt's tokens, of which the first has none."""
-        if self.asked.logprobs is None:
-            return None
-        first = self._text(reply.job.prompt[0])
-        rest = self._logprobs(reply.request.prompt_logprobs, len(first))
-        head = {"tokens": [first], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
-        return _joined(head, rest)
+            "tokens": [self._text(each.token) for each in found],
+            "token_logprobs": [each.logprob for each in found],
+            "top_logprobs": tops,
+            "text_offset": [offsets.push(each.token) for each in found],
+        }
 
     def _text(self, token: int) -> str:
-        return self.service.tokenizer.token_bytes(token, skip_special=False).decode(errors="replace")
+        found = self.service.tokenizer.token_bytes(token, skip_special=False)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:  # as OpenAI writes parts of characters; U+FFFD for all would be one key
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+class _Offsets:
+    """Where in a text the characters begin that each token makes complete."""
+
+    def __init__(self, tokenizer: Tokenizer, begin: int = 0) -> None:
+        self._stream, self._at = tokenizer.stream(), begin
+
+    def push(self, token: int) -> int:
+        at = self._at
+        self._at += len(self._stream.push(token))
+        return at
 
 
 def _joined(a: dict[str, Any] | None, b: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -200,6 +200,8 @@ class Service:
         switches: Mapping[str, Any] | None = None, add_generation_prompt: bool = True,
     ) -> list[int]:  # fmt: skip
         """A conversation's ids."""
+        if not messages:
+            raise InputError("messages is empty; expected at least one")
         found = effort_switches(effort, thinking, switches)
         return self.model.template.encode(
             self.tokenizer, messages, list(tools) if tools else None, add_generation_prompt=add_generation_prompt,
@@ -319,8 +321,8 @@ class Service:
         text, until = self.tokenizer.stream(), Until(job.stop)
         parser = None if job.raw else Parser(job.thinking, job.tools or None)
 
-        def said(piece: str) -> list[Delta]:
-            deltas = [Delta("content", piece)] if parser is None else parser.push(piece)
+        def said(piece: str, literal: bool = False) -> list[Delta]:
+            deltas = [Delta("content", piece)] if parser is None else parser.push(piece, literal)
             return _until(deltas, until)
 
         def over() -> bool:
@@ -330,7 +332,9 @@ class Service:
             async for tokens in steps:
                 deltas, begin = list[Delta](), reply.tokens
                 for token in tokens:
-                    deltas += said(text.push(token))
+                    # A grammar knows its borders by their tokens: what its strings spell is text.
+                    literal = job.grammar is not None and token not in self.grammars.markup
+                    deltas += said(text.push(token), literal)
                     reply.tokens += 1
                     reply.thought += parser is not None and parser.reasoning
                     if over():
