@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import uvicorn
@@ -31,17 +32,28 @@ END, USER, OBSERVATION = (TOKENIZER.encode(t)[0] for t in ("<|endoftext|>", "<|u
 
 
 class Script:
-    """What is said, by a text that the prompt ends with."""
+    """What is said, by the text that the prompt names last.
 
-    def __init__(self, replies: Mapping[str, str]) -> None:
-        self.replies = dict(replies)
+    Attributes:
+        pause: seconds that a step takes longer. spelled: whether markup in a reply is spelled out, in bytes.
+        prompts: those that came.
+    """
+
+    def __init__(self, replies: Mapping[str, str], pause: float = 0.0, spelled: bool = False) -> None:
+        self.replies, self.pause, self.spelled, self.prompts = dict(replies), pause, spelled, list[str]()
+        self._known = WeakKeyDictionary[Request, list[int]]()
 
     def tokens(self, request: Request) -> list[int]:
         """The reply to this request's prompt, with its end."""
-        prompt = TOKENIZER.decode(request.prompt, skip_special=False)
-        asked = max((k for k in self.replies if k in prompt), key=prompt.rindex, default=None)
-        reply = "" if asked is None else self.replies[asked]
-        return [*TOKENIZER.encode(reply), OBSERVATION if reply.endswith("</tool_call>") else USER]
+        if request not in self._known:
+            prompt = TOKENIZER.decode(request.prompt, skip_special=False)
+            self.prompts.append(prompt)
+            asked = max((k for k in self.replies if k in prompt), key=prompt.rindex, default=None)
+            reply = "" if asked is None else self.replies[asked]
+            end = OBSERVATION if reply.endswith("</tool_call>") else USER
+            ids = TOKENIZER.encode_plain(reply) if self.spelled else TOKENIZER.encode(reply)
+            self._known[request] = [*ids, end]
+        return self._known[request]
 
 
 def scripted_model() -> Model:
@@ -60,6 +72,7 @@ def scripted_engine(model: Model, script: Script, drafts: int = 0, pages: int = 
         return logits_V
 
     def scripted_run(works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:
+        time.sleep(script.pause)
         hidden, logits = run(works)
         found: list[Tensor | None] = []
         for work, rows in zip(works, logits, strict=True):
@@ -88,7 +101,8 @@ def scripted_engine(model: Model, script: Script, drafts: int = 0, pages: int = 
 @contextmanager
 def serving(service: Service, key: str | None = None, most_bytes: int = 2**22, grace: float = 5.0) -> Iterator[str]:
     """The service behind a port of this machine; yields its URL."""
-    config = uvicorn.Config(create_app(service, key=key, most_bytes=most_bytes), port=0, log_level="warning")
+    app = create_app(service, key=key, most_bytes=most_bytes)
+    config = uvicorn.Config(app, port=0, log_level="warning")
     server = Server(config, service, grace)
     socket = config.bind_socket()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)

@@ -1,0 +1,93 @@
+"""Live servers: one whose model says what a test wants, one with a random model, each with and without drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anthropic
+import httpx2
+import openai
+import pytest
+from server.scripted import Script, scripted_engine, scripted_model, serving
+
+from nanoglm.engine import Engine
+from nanoglm.server.service import Service
+
+
+@dataclass
+class Live:
+    """A server that runs. The clients are the official ones, which here try only once."""
+
+    url: str
+    service: Service
+    key: str = "none"
+    script: Script = field(default_factory=lambda: Script({}))
+
+    def __post_init__(self) -> None:
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+        self.anthropic = anthropic.Anthropic(base_url=self.url, auth_token=self.key, max_retries=0, timeout=60)
+        self.http = httpx2.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {self.key}"})
+
+    @property
+    def drafts(self) -> int:
+        """Of a chain."""
+        return self.service.engine.engine.most_drafts
+
+    def says(self, replies: Mapping[str, str], pause: float = 0.0, spelled: bool = False) -> None:
+        """What a scripted server says from now on, by the text that the prompt names last."""
+        self.script.replies, self.script.pause, self.script.spelled = dict(replies), pause, spelled
+
+    def ids(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **switches: Any) -> list[int]:
+        """A conversation's prompt."""
+        model = self.service.model
+        return model.template.encode(model.tokenizer, messages, tools, add_generation_prompt=True, **switches)
+
+    def prompt(self) -> str:
+        """The last one that came."""
+        return self.script.prompts[-1]
+
+
+@contextmanager
+def live(
+    drafts: int, script: Script | None, key: str | None = None, most_bytes: int = 2**22, **options: Any
+) -> Iterator[Live]:
+    """A server with ``drafts``; ``options`` are of the service."""
+    model = scripted_model()
+    engine = (
+        Engine(model.module, pages=256, drafts=drafts) if script is None else scripted_engine(model, script, drafts)
+    )
+    service = Service(model, engine, ["tiny", "other"], **options)
+    with serving(service, key, most_bytes) as url:
+        yield Live(url, service, key or "none", script or Script({}))
+
+
+@pytest.fixture(scope="session", params=[0, 3], ids=["plain", "drafts"])
+def scripted(request: pytest.FixtureRequest) -> Iterator[Live]:
+    """Says what a test scripts."""
+    with live(request.param, Script({})) as found:
+        yield found
+
+
+@pytest.fixture(scope="session", params=[0, 3], ids=["plain", "drafts"])
+def random(request: pytest.FixtureRequest) -> Iterator[Live]:
+    """Says anything."""
+    with live(request.param, None) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def strict() -> Iterator[Live]:
+    """Scripted, wants a key, takes one request at a time and small bodies."""
+    with live(0, Script({}), "secret", 4000, most=1) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def live_server() -> Iterator[str]:
+    """The address of one that says something to everything, a little slowly."""
+    reply = "Let me think of it, for a while.</think>" + "It goes on and on, as the sea does. " * 80
+    with live(3, Script({"[gMASK]": reply}, 0.005)) as found:
+        yield f"{found.url}/"
