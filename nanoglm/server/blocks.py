@@ -15,12 +15,13 @@ from nanoglm.server.service import Piece
 
 @dataclass
 class Block:
-    """``text`` is a call's arguments, JSON."""
+    """``text`` is a call's arguments, JSON. ``last``: nothing came behind it; known when it closes."""
 
     number: int
     kind: Literal["reasoning", "content", "call"]
     name: str = ""
     text: str = ""
+    last: bool = False
 
 
 class Change(NamedTuple):
@@ -50,4 +51,5 @@ async def changes(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Change,
                 yield Change("more", block, delta.text, logprobs)
                 logprobs = ()
     if block is not None:
+        block.last = True
         yield Change("close", block)

@@ -173,7 +173,7 @@ class Run:
                     more: dict[str, Any] = {"logprobs": []} if block.kind == "content" else {}
                     yield event(f"response.{NAMES[block.kind]}.delta", **where, delta=text, **more)
                 else:
-                    item |= _filled(block)
+                    item |= self._filled(block)
                     if block.kind == "call":
                         done = {"name": block.name, "arguments": item["arguments"]}
                         yield event("response.function_call_arguments.done", **at, **done)
@@ -189,8 +189,14 @@ class Run:
         async with aclosing(changes(self.start())) as found:
             async for change in found:
                 if change.what == "close":
-                    self.output.append(_item(change.block, "completed") | _filled(change.block))
+                    self.output.append(_item(change.block, "completed") | self._filled(change.block))
         return self.end()
+
+    def _filled(self, block: Block) -> dict[str, Any]:
+        status = "incomplete" if block.last and self.replies[0].finish == "length" else "completed"
+        if block.kind == "call":
+            return {"status": status, "arguments": block.text or "{}"}
+        return {"status": status, "content": [_item(block, "")["content"][0] | {"text": block.text}]}
 
 
 NAMES = {"reasoning": "reasoning_text", "content": "output_text", "call": "function_call_arguments"}
@@ -208,12 +214,6 @@ def _item(block: Block, status: str) -> dict[str, Any]:
         return {"id": f"rs_{name}", "type": "reasoning", "status": status, "summary": [], "content": content}
     content = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]  # type: ignore[dict-item]
     return {"id": f"msg_{name}", "type": "message", "status": status, "role": "assistant", "content": content}
-
-
-def _filled(block: Block) -> dict[str, Any]:
-    if block.kind == "call":
-        return {"status": "completed", "arguments": block.text or "{}"}
-    return {"status": "completed", "content": [_item(block, "")["content"][0] | {"text": block.text}]}
 
 
 def _functions(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:

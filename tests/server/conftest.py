@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,15 @@ class Live:
     def prompt(self) -> str:
         """The last one that came."""
         return self.script.prompts[-1]
+
+    def quiet(self) -> None:
+        """Waits until the engine has nothing to do: its books are in order, and only the prefix tree holds pages."""
+        engine, end = self.service.engine.engine, time.monotonic() + 10
+        while (engine.busy or self.service._busy) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not engine.busy and not self.service._busy
+        engine.check()
+        assert engine.prefix is not None and engine.cache.free_pages + len(engine.prefix) == engine.cache.pages
 
 
 @contextmanager

@@ -7,10 +7,12 @@ With drafts the MTP layer proposes the reply's own next tokens, so verified chai
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +56,13 @@ class Script:
             ids = TOKENIZER.encode_plain(reply) if self.spelled else TOKENIZER.encode(reply)
             self._known[request] = [*ids, end]
         return self._known[request]
+
+
+def call(name: str, **arguments: Any) -> str:
+    """A call as the model writes it."""
+    pairs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+    inner = "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in pairs.items())
+    return f"<tool_call>{name}{inner}</tool_call>"
 
 
 def scripted_model() -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import pydantic
 import pytest
 import torch
 from server.conftest import Live
-from server.scripted import TOKENIZER
+from server.scripted import TOKENIZER, call
 
 PARAMETERS = {
     "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"],
@@ -22,13 +21,6 @@ PARAMETERS = {
 FUNCTION = {"name": "get_weather", "description": "Get weather", "parameters": PARAMETERS}
 WEATHER = {"type": "function", "function": FUNCTION}
 CLOCK = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
-
-
-def call(name: str, **arguments: Any) -> str:
-    """A call as the model writes it."""
-    pairs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
-    inner = "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in pairs.items())
-    return f"<tool_call>{name}{inner}</tool_call>"
 
 
 def user(text: str) -> dict[str, Any]:
@@ -484,18 +476,8 @@ def test_one_request_too_many(strict: Live) -> None:
         next(iter(chunks))
         with pytest.raises(openai.RateLimitError, match="expected at most 1, try again later"):
             whole(strict, "Hi")
-    quiet(strict)
+    strict.quiet()
     assert whole(strict, "Hi").content == "Yes."
-
-
-def quiet(server: Live) -> None:
-    """Waits until the engine has nothing to do; its books are in order then, and nobody but the tree holds pages."""
-    engine, end = server.service.engine.engine, time.monotonic() + 10
-    while (engine.busy or server.service._busy) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not engine.busy and not server.service._busy
-    engine.check()
-    assert engine.prefix is not None and engine.cache.free_pages + len(engine.prefix) == engine.cache.pages
 
 
 def test_who_closes_a_stream_ends_the_request(scripted: Live) -> None:
@@ -504,14 +486,14 @@ def test_who_closes_a_stream_ends_the_request(scripted: Live) -> None:
         with scripted.openai.chat.completions.create(model="tiny", messages=[user("Go")], stream=True, n=n) as chunks:
             found = [chunk for chunk, _ in zip(chunks, range(20), strict=False)]
         assert len(found) == 20
-        quiet(scripted)
+        scripted.quiet()
 
 
 def test_who_hangs_up_ends_the_request(scripted: Live) -> None:
     scripted.says({"Go": "</think>" + "on and " * 300}, pause=0.01)
     with pytest.raises(openai.APITimeoutError):
         scripted.openai.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=[user("Go")])
-    quiet(scripted)
+    scripted.quiet()
 
 
 # ---------------------------------------------------------------------------------- completions
