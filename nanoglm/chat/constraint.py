@@ -111,21 +111,21 @@ class Grammars:
         Raises:
             InputError: parameters that are no JSON schema.
         """
-        rules, longest = [], 0
+        rules, longest, whole = [], 0, several or otherwise is not None or len(tools) > 1
         for number, tool in enumerate(tools):
             parameters = tool.get("parameters") or {}
             try:
                 rules += self._call(f"t{number}", tool["name"], parameters)
             except (TypeError, ValueError, AttributeError):  # a list where an object belongs, and the like
                 raise InputError(f"tool {tool['name']} has parameters {parameters!r}; expected a JSON schema") from None
-            longest = max(longest, len(tool["name"].encode()) + 8 + longest_minimum(parameters))
+            longest = max(longest, len(tool["name"].encode()) + 8 + longest_minimum(parameters, whole))
         names = " | ".join(f"t{number}" for number in range(len(tools)))
         begin, end = self.token(CALL), self.token("</tool_call>")
         rules += [f"calls: call{'+' if several else ''}", f"call: <[{begin}]> ({names}) <[{end}]>"]
         rules += [r"TEXT: /(.|\n)*/", r"NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"]
         if otherwise is not None:
             rules.append(f"json: %json {json.dumps({**otherwise, 'x-guidance': _STYLE})}")
-            longest = max(longest, longest_minimum(otherwise))
+            longest = max(longest, longest_minimum(otherwise, whole))
         rules.append("start: calls" if otherwise is None else "start: calls | json")
         return Grammar(self, self._matcher.grammar_from_lark("\n".join(rules)), longest)
 

@@ -18,7 +18,7 @@ OFF, HIGH, DEFAULT = {"enable_thinking": False}, {"reasoning_effort": "high"}, d
 LEVELS: Mapping[str, Mapping[str, Any]] = {
     "none": OFF, "minimal": OFF, "low": HIGH, "medium": HIGH, "high": HIGH, "xhigh": DEFAULT, "max": DEFAULT,
 }  # fmt: skip
-KINDS = ("enabled", "disabled", "adaptive")
+KINDS = ("enabled", "disabled", "adaptive", "between_tools")
 # Given by the server itself: arguments of ChatTemplate.render and encode.
 RESERVED = ("messages", "tools", "add_generation_prompt", "tokenizer", "self")
 

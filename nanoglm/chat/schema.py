@@ -127,12 +127,19 @@ _MOST = 1 << 20  # a schema that asks for more of itself has no least value
 _REPEATS = re.compile(r"\{(\d{1,6})")
 
 
-def longest_minimum(schema: Any) -> int:
+def longest_minimum(schema: Any, whole: bool = False) -> int:
     """A bound on the bytes of JSON that one token can make necessary which need not have been: what the largest thing
-    in the schema that may be left out takes at least, its name included."""
-    least = _Least(schema)
-    optional = max((least.of(part, most=True) + _longest_name(part) for part in _parts(schema)), default=0)
-    return min(optional, _MOST) + 32
+    in the schema that may be left out takes at least, its name included, or its longest choice.
+
+    Args:
+        whole: the schema itself may be left out, too.
+    """
+    least, found = _Least(schema), [0]
+    found += [least.of(schema)] * whole
+    for part in _parts(schema):
+        found += [len(json.dumps(value)) for value in _choices(part, [])] + [_pattern(part)]
+        found += [len(json.dumps(name)) + least.of(inner) for name, inner in _optional(part)]
+    return min(max(found), _MOST) + 32
 
 
 class _Least:
@@ -147,27 +154,24 @@ class _Least:
                 break
             self._known = found
 
-    def of(self, schema: Any, most: bool = False, left: int = DEEPEST) -> int:
-        """Of a schema; of choices the shortest, or of its own the longest, ``most``."""
+    def of(self, schema: Any, left: int = DEEPEST) -> int:
+        """Of a schema."""
         if not isinstance(schema, Mapping) or left == 0:
             return _MOST if left == 0 else 24
         if _refers(schema):
             return self._known[schema["$ref"]]
-        pick = max if most else min
         if choices := _choices(schema, []):
-            return pick(len(json.dumps(value)) for value in choices)
-        found = 24 + _number(schema, "minLength")
+            return min(len(json.dumps(value)) for value in choices)
+        found = 24 + _number(schema, "minLength") + _pattern(schema)
         properties = schema.get("properties")
         properties = properties if isinstance(properties, Mapping) else {}
         for name in _list(schema.get("required")):
-            found += len(json.dumps(name)) + 4 + self.of(properties.get(name), left=left - 1)
+            found += len(json.dumps(name)) + 4 + self.of(properties.get(name), left - 1)
         if items := _number(schema, "minItems"):
-            found += items * (2 + self.of(schema.get("items"), left=left - 1))
-        if isinstance(pattern := schema.get("pattern"), str):  # a guess: repetitions may be nested
-            found += len(pattern) + sum(map(int, _REPEATS.findall(pattern)))
-        found += sum(self.of(part, left=left - 1) for part in _list(schema.get("allOf")))
+            found += items * (2 + self.of(schema.get("items"), left - 1))
+        found += sum(self.of(part, left - 1) for part in _list(schema.get("allOf")))
         for name in ("anyOf", "oneOf"):
-            found += pick((self.of(part, left=left - 1) for part in _list(schema.get(name))), default=0)
+            found += min((self.of(part, left - 1) for part in _list(schema.get(name))), default=0)
         return min(found, _MOST)
 
 
@@ -175,14 +179,31 @@ def _refers(schema: Any) -> bool:
     return isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str)
 
 
-def _longest_name(schema: Any) -> int:
-    properties = schema.get("properties") if isinstance(schema, Mapping) else None
-    return max((len(json.dumps(name)) for name in properties), default=0) if isinstance(properties, Mapping) else 0
+def _pattern(schema: Any) -> int:
+    """Bytes that a pattern asks for; a guess, since repetitions may be nested."""
+    pattern = schema.get("pattern") if isinstance(schema, Mapping) else None
+    return len(pattern) + sum(map(int, _REPEATS.findall(pattern))) if isinstance(pattern, str) else 0
 
 
 def _number(schema: Mapping[str, Any], name: str) -> int:
     value = schema.get(name, 0)
     return value if isinstance(value, int) else 0
+
+
+def _optional(schema: Any) -> Iterator[tuple[Any, Any]]:
+    """What may be left out right in a schema: name and schema of properties, items, alternatives."""
+    if not isinstance(schema, Mapping):
+        return
+    properties, required = schema.get("properties"), _list(schema.get("required"))
+    if isinstance(properties, Mapping):
+        yield from ((name, inner) for name, inner in properties.items() if name not in required)
+    for name in ("prefixItems", "anyOf", "oneOf"):
+        yield from (("", inner) for inner in _list(schema.get(name)))
+    for name in ("items", "additionalProperties"):
+        if name in schema:
+            yield "", schema[name]
+    if isinstance(patterns := schema.get("patternProperties"), Mapping):
+        yield from patterns.items()
 
 
 def _parts(schema: Any) -> Iterator[Any]:

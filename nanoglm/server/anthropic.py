@@ -199,11 +199,12 @@ class Messages:
             "stop_reason": None, "stop_sequence": None, "usage": self._usage(),
         }  # fmt: skip
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         usage = Usage.of(self.replies)
         return {
             "input_tokens": usage.prompt - usage.cached, "cache_read_input_tokens": usage.cached,
             "cache_creation_input_tokens": 0, "output_tokens": usage.completion,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning},
         }  # fmt: skip
 
     def _end(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def test_levels(level: str | None, switches: dict[str, Any], prompt: str) -> Non
     [
         (None, {"type": "enabled"}, None, {}),
         (None, {"type": "adaptive", "budget_tokens": 5, "display": "omitted"}, None, {}),
+        (None, {"type": "between_tools"}, None, {}),
         (None, {"type": "disabled"}, None, OFF),
         ("high", {"type": "disabled"}, None, OFF | HIGH),  # the template prints no effort line then
         ("none", {"type": "enabled"}, None, OFF),

@@ -114,7 +114,7 @@ def test_messages_of_all_kinds(scripted: Live) -> None:
     scripted.says({"last": "</think>Yes."})
     items = [
         {"role": "developer", "content": "Be brief."},
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "c", "annotations": []}]},
         {"role": "user", "content": "last"},
     ]  # fmt: skip
