@@ -18,7 +18,8 @@ from nanoglm.api import ASSISTANT, Model, load
 from nanoglm.chat.constraint import Constraint, Grammars
 from nanoglm.chat.effort import effort_switches
 from nanoglm.chat.files import sampling_defaults
-from nanoglm.chat.parser import Delta, Parser
+from nanoglm.chat.parser import Delta
+from nanoglm.chat.reader import Reader
 from nanoglm.engine import Engine, Request, SamplingParams
 from nanoglm.engine.request import accepted_length
 from nanoglm.errors import InputError
@@ -63,7 +64,7 @@ class Answer:
     """One answer on its way.
 
     Attributes:
-        thought, content: so far. thoughts: tokens of thought. seconds: that it took so far.
+        thought, content: so far. seconds: that it took so far.
     """
 
     def __init__(self, session: Session) -> None:
@@ -80,11 +81,10 @@ class Answer:
             grammars = Grammars(model.tokenizer, model.config.vocab_size, model.config.eos_token_id)
             mask = Constraint(grammars, most, thinking=True, budget=session.budget)
         params = replace(session.params, max_tokens=most, mask=mask, stop_ids=model.config.eos_token_id)
-        self._session, self._parser = session, Parser(thinking)
-        self._text = model.tokenizer.stream()
+        self._session, self._reader = session, Reader(model.tokenizer, thinking)
         self.request: Request = session.engine.add(ids, params)
         self.thought = self.content = ""
-        self.thoughts, self.seconds = 0, 0.0
+        self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Delta]:
         session, began = self._session, time.perf_counter()
@@ -92,11 +92,9 @@ class Answer:
             while self.request.finish is None:
                 for request, tokens in session.engine.step():
                     for token in tokens if request is self.request else ():
-                        yield from self._take(self._parser.push(self._text.push(token)))
-                        self.thoughts += self._parser.reasoning
+                        yield from self._take(self._reader.push(token))
                         self.seconds = time.perf_counter() - began
-            rest = self._parser.push(self._text.flush()) + self._parser.finish(self.request.finish == "stop")
-            yield from self._take(rest)
+            yield from self._take(self._reader.finish(self.request.finish == "stop"))
         finally:
             session.engine.abort(self.request)
             said = {"role": "assistant", "content": self.content, "reasoning_content": self.thought}
@@ -109,6 +107,11 @@ class Answer:
             else:
                 self.content += delta.text
             yield delta
+
+    @property
+    def thoughts(self) -> int:
+        """Tokens of thought."""
+        return self._reader.thought
 
     @property
     def figures(self) -> str:

@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from nanoglm.chat.schema import DEEPEST, Schema, kinds
 

@@ -4,8 +4,8 @@ A :class:`Constraint` is a function of the tokens generated so far: which may co
 are asked for like tokens, and a chain may run from thought over its end into a call; what was rejected is taken back by
 asking again. The grammar begins behind the end of thought.
 
-There is one thought: with a budget, or a grammar, neither a call within it ends it nor does it begin again behind its
-end, as output of a model otherwise may (serving spec 3.1).
+With a budget or a grammar there is one thought. It does not begin again behind its end, and what begins as a call
+within it, which ends it for the parser too (serving spec 3.1), has the name of a tool; before a grammar nothing does.
 
 A reply closes within its tokens. Grammars allow endless strings and numbers; so the length of the shortest way out is
 kept within what is left (by walking it in a copy of the matcher), and when no more is left than one token could add to
@@ -128,6 +128,12 @@ class Grammars:
             longest = max(longest, longest_minimum(otherwise, whole))
         rules.append("start: calls" if otherwise is None else "start: calls | json")
         return Grammar(self, self._matcher.grammar_from_lark("\n".join(rules)), longest)
+
+    def names(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+        """The name of one of these tools and what a call goes on with."""
+        names = " | ".join(json.dumps(tool["name"]) for tool in tools)
+        rule = f"start: ({names}) (<[{self.token('<arg_key>')}]> | <[{self.token('</tool_call>')}]>)"
+        return Grammar(self, self._matcher.grammar_from_lark(rule), 0)
 
     def _call(self, rule: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
         """The rules of one tool: its name, then its parameters in their order, those not required perhaps left out."""
@@ -273,7 +279,7 @@ class Constraint:
     Args:
         thinking: whether the prompt ends within a thought. budget: most tokens of it, without its end; None for any
             number. There is no second thought with one. grammar: what is said behind it; None for anything.
-            max_tokens: of thought and reply together.
+            names: of tools that may be called in the midst of it, if there is no grammar. max_tokens: of both.
 
     Raises:
         InputError: the grammar needs more tokens than there are.
@@ -281,11 +287,12 @@ class Constraint:
 
     def __init__(
         self, grammars: Grammars, max_tokens: int, *, thinking: bool, budget: int | None = None,
-        grammar: Grammar | None = None,
+        grammar: Grammar | None = None, names: Grammar | None = None,
     ) -> None:  # fmt: skip
         self._grammars, self._grammar, self._max_tokens = grammars, grammar, max_tokens
+        self._names = names if grammar is None else None
         self._thinking, self._budget = thinking, max_tokens if budget is None else budget
-        self._end = grammars.token(THINK_END) if thinking else None
+        self._ends = [grammars.token(name) for name in ((THINK_END, CALL) if self._names else (THINK_END,)) if thinking]
         self._free_V = None if budget is None else self._all_but([grammars.token(THINK)])
         if grammar is not None:
             self._matcher, self._seen = grammar.matcher.deep_copy(), list[int]()
@@ -299,7 +306,9 @@ class Constraint:
         """bool [vocabulary], what may follow ``outputs``; None for anything."""
         begin = self._reply(outputs)
         if begin is None:
-            return self._thought_V if len(outputs) < self._budget else self._only([self._grammars.token(THINK_END)])
+            return self._thought_V if len(outputs) < self._budget else self._only(self._ends[:1])
+        if self._names is not None and outputs[begin - 1 : begin] == self._ends[1:]:
+            return self._named(outputs[begin:])
         if self._grammar is None:
             return self._free_V
         return self._next(list(outputs[begin:]), self._max_tokens - len(outputs))
@@ -309,13 +318,25 @@ class Constraint:
         if not self._thinking:
             return 0
         first = outputs[: self._budget + 1]  # the end is never further
-        return first.index(self._end) + 1 if self._end in first else None
+        return min((first.index(i) + 1 for i in self._ends if i in first), default=None)
 
     @cached_property
-    def _thought_V(self) -> Tensor:
-        """Anything but calls; and where a grammar is to come, but the end of the reply."""
-        calls = [self._grammars.token(CALL)] if CALL in self._grammars.tokenizer.added else []
-        return self._all_but([*calls, *(self._grammars.stop_ids if self._grammar is not None else ())])
+    def _thought_V(self) -> Tensor | None:
+        """Before a grammar anything but calls and the end of the reply."""
+        if self._grammar is None:
+            return None
+        return self._all_but([*self._grammars.stop_ids, self._grammars.token(CALL)])
+
+    def _named(self, call: Sequence[int]) -> Tensor | None:
+        """What makes a call of a call that ended a thought: the name of a tool."""
+        assert self._names is not None
+        matcher = self._names.matcher.deep_copy()
+        for token in call:
+            if matcher.is_accepting():
+                return self._free_V
+            if not matcher.consume_token(token):
+                return None  # behind an end of the reply
+        return self._free_V if matcher.is_accepting() else torch.from_numpy(self._names.allowed(matcher))
 
     def _only(self, ids: Sequence[int]) -> Tensor:
         allowed_V = torch.zeros(self._grammars.vocab_size, dtype=torch.bool)

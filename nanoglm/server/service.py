@@ -17,7 +17,8 @@ from nanoglm.api import Model, Until
 from nanoglm.chat.constraint import Constraint, Grammar, Grammars
 from nanoglm.chat.effort import effort_switches, thinking_budget
 from nanoglm.chat.files import sampling_defaults
-from nanoglm.chat.parser import Delta, Parser
+from nanoglm.chat.parser import Delta
+from nanoglm.chat.reader import Reader
 from nanoglm.engine import AsyncEngine, Engine, Request, SamplingParams
 from nanoglm.engine.request import Logprobs
 from nanoglm.errors import InputError
@@ -265,9 +266,11 @@ class Service:
     def _mask(self, job: Job) -> Constraint | None:
         if job.grammar is None and (job.budget is None or not job.thinking):
             return None
+        names = self.grammars.names(job.tools) if job.tools and job.grammar is None else None
         return Constraint(
-            self.grammars, job.params.max_tokens, thinking=job.thinking, budget=job.budget, grammar=job.grammar
-        )
+            self.grammars, job.params.max_tokens, thinking=job.thinking, budget=job.budget, grammar=job.grammar,
+            names=names,
+        )  # fmt: skip
 
     async def pieces(self, replies: Sequence[Reply]) -> AsyncGenerator[Piece, None]:
         """What comes of replies that were started, as it comes. Leaving ends them; so does the time limit.
@@ -318,25 +321,18 @@ class Service:
     async def _pieces(self, reply: Reply) -> AsyncGenerator[Piece, None]:
         """Text is decoded, parsed and searched for stop texts token by token, and handed on step by step."""
         job, request = reply.job, reply.request
-        text, until = self.tokenizer.stream(), Until(job.stop)
-        parser = None if job.raw else Parser(job.thinking, job.tools or None)
-
-        def said(piece: str, literal: bool = False) -> list[Delta]:
-            deltas = [Delta("content", piece)] if parser is None else parser.push(piece, literal)
-            return _until(deltas, until)
+        until, markup = Until(job.stop), None if job.grammar is None else self.grammars.markup
+        reader = Reader(self.tokenizer, job.thinking, job.tools, raw=job.raw, markup=markup)
 
         def over() -> bool:
-            return until.found is not None or (parser is not None and not job.several and parser.calls > 0)
+            return until.found is not None or (not job.several and reader.calls > 0)
 
         async with aclosing(self.engine.tokens(request)) as steps:
             async for tokens in steps:
                 deltas, begin = list[Delta](), reply.tokens
                 for token in tokens:
-                    # A grammar knows its borders by their tokens: what its strings spell is text.
-                    literal = job.grammar is not None and token not in self.grammars.markup
-                    deltas += said(text.push(token), literal)
-                    reply.tokens += 1
-                    reply.thought += parser is not None and parser.reasoning
+                    deltas += _until(reader.push(token), until)
+                    reply.tokens, reply.thought = reply.tokens + 1, reader.thought
                     if over():
                         break
                 if tokens:
@@ -346,14 +342,13 @@ class Service:
                     yield Piece(reply.index, _merged(deltas), *given)
                 if over():
                     break
-        deltas = said(text.flush())
-        if parser is not None:
-            deltas += _until(parser.finish(request.finish == "stop"), until)
+        deltas = _until(reader.finish(request.finish == "stop"), until)
+        reply.thought = reader.thought
         if rest := until.flush():
             deltas.append(Delta("content", rest))
-        reply.stopped_by, calls = until.found, 0 if parser is None else parser.calls
         length = request.finish == "length" and not over()
-        reply.finish = "tool_calls" if calls else "length" if length else "stop"
+        reply.stopped_by = until.found
+        reply.finish = "tool_calls" if reader.calls else "length" if length else "stop"
         yield Piece(reply.index, _merged(deltas), (), (), reply.finish)
 
 
