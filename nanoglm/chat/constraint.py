@@ -196,13 +196,15 @@ class _Values:
 
 def _searched(pattern: str) -> str:
     """A schema's pattern, which may match anywhere in a string, as a regular expression for all of it."""
+    from llguidance import regex_to_lark
+
     begin, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
     inner = pattern[begin : len(pattern) - end]
     if "|" in re.sub(r"\\.|\[.*?\]|\(.*\)", "", inner) and (begin or end):
         raise InputError(f"schema has pattern {pattern!r}; expected alternatives within brackets where it is anchored")
     anything = r"(.|\n)*"
     whole = f"{'' if begin else anything}({inner}){'' if end else anything}"
-    return "/" + re.sub(r"(?<!\\)/", r"\\/", whole) + "/"
+    return f"/{regex_to_lark(whole, 'dsw')}/"  # classes are ASCII's, as in JavaScript
 
 
 class _Vocabulary:
@@ -211,9 +213,11 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, grammars: Grammars) -> None:
-        self._tokenizer, self.tokens = grammars.tokenizer, grammars.bytes
+        self._tokenizer = grammars.tokenizer
+        # A row without a token needs a name: an empty one is the beginning of all markup, and allowed where that is.
+        self.tokens = [text or f"<|row {i}|>".encode() for i, text in enumerate(grammars.bytes)]
         self.eos_token_id = grammars.stop_ids[0] if grammars.stop_ids else 0
-        self.special_token_ids = [i for i, text in enumerate(self.tokens) if i in grammars.markup or not text]
+        self.special_token_ids = [i for i, text in enumerate(grammars.bytes) if i in grammars.markup or not text]
 
     def __call__(self, text: bytes) -> list[int]:
         return self._tokenizer.encode_plain(text.decode(errors="replace"))
