@@ -362,7 +362,8 @@ class Until:
         if ends:
             at, self.found = min(ends, key=lambda end: end[0])
             return held[:at]
-        keep = max((n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        lengths = ((n, s) for s in self._stop for n in range(1, min(len(s), len(held) + 1)))
+        keep = max((n for n, s in lengths if held.endswith(s[:n])), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 

@@ -176,7 +176,9 @@ class Tokenizer:
             return b""
         if token_id not in self._bytes:
             token = self.backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-            self._bytes[token_id] = _spelled_bytes(token or "")
+            if token is None:
+                return b""  # and not kept: there are as many of them as a client likes
+            self._bytes[token_id] = _spelled_bytes(token)
         return self._bytes[token_id]
 
     def save(self, path: str | Path) -> None:
