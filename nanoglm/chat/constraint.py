@@ -11,6 +11,10 @@ A reply closes within its tokens. Grammars allow endless strings and numbers; so
 kept within what is left (by walking it in a copy of the matcher), and when no more is left than one token could add to
 it, only the way out is allowed. White space is fixed. Thought ends in time for all of that.
 
+Schemas come from clients. What would take longer than a second or two to compile is refused (``check_schema``, and
+llguidance's own limits). So is what takes more than ``MOST_LEAST`` tokens at least, and a way out never gets longer
+than that: while it is walked nobody gets a token.
+
 Source: serving spec 2.7, 4.7, 5.1.
 """
 
@@ -27,10 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoglm.chat.limits import check_schema
 from nanoglm.chat.schema import TYPES, Schema, longest_minimum
 from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.errors import InputError
 
+# Of a reply's least way: some seconds of walking at the very most.
+MOST_LEAST = 4096
+MOST_STATES = 50_000  # of a grammar's lexer, of some kilobytes each; llguidance's other limits are good as they are
 THINK, THINK_END, CALL = "<think>", "</think>", "<tool_call>"
 # Where there is a choice on the way out: what ends something, then what is short; what opens something at last.
 _ENDS, _SHORT, _OPEN = (b"}", b"]", b'"'), (b"0", b"1", b"n", b"f", b"t"), (b"[", b"{")
@@ -58,6 +66,7 @@ class Grammars:
         self.tokenizer, self.vocab_size, self.stop_ids = tokenizer, vocab_size, tuple(stop_ids)
         self.bytes = [tokenizer.token_bytes(i, skip_special=False) for i in range(vocab_size)]
         self._matcher = llguidance.LLMatcher
+        self._limits = llguidance.LLParserLimits(max_lexer_states=MOST_STATES)
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self)))
 
     def token(self, text: str) -> int:
@@ -93,6 +102,7 @@ class Grammars:
         Raises:
             InputError: the schema is none, or holds what cannot be kept to.
         """
+        check_schema(schema, "schema")
         try:
             source = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, _STYLE))
         except (TypeError, ValueError) as error:
@@ -114,16 +124,15 @@ class Grammars:
         rules, longest, whole = [], 0, several or otherwise is not None or len(tools) > 1
         for number, tool in enumerate(tools):
             parameters = tool.get("parameters") or {}
-            try:
-                rules += self._call(f"t{number}", tool["name"], parameters)
-            except (TypeError, ValueError, AttributeError):  # a list where an object belongs, and the like
-                raise InputError(f"tool {tool['name']} has parameters {parameters!r}; expected a JSON schema") from None
+            check_schema(parameters, f"tools[{number}].parameters")
+            rules += self._call(f"t{number}", tool["name"], parameters)
             longest = max(longest, len(tool["name"].encode()) + 8 + longest_minimum(parameters, whole))
         names = " | ".join(f"t{number}" for number in range(len(tools)))
         begin, end = self.token(CALL), self.token("</tool_call>")
         rules += [f"calls: call{'+' if several else ''}", f"call: <[{begin}]> ({names}) <[{end}]>"]
         rules += [r"TEXT: /(.|\n)*/", r"NAME: /[A-Za-z_][A-Za-z0-9_]{0,63}/"]
         if otherwise is not None:
+            check_schema(otherwise, "schema")
             rules.append(f"json: %json {json.dumps({**otherwise, 'x-guidance': _STYLE})}")
             longest = max(longest, longest_minimum(otherwise, whole))
         rules.append("start: calls" if otherwise is None else "start: calls | json")
@@ -207,6 +216,11 @@ def _searched(pattern: str) -> str:
     return f"/{regex_to_lark(whole, 'dsw')}/"  # classes are ASCII's, as in JavaScript
 
 
+def _reason(matcher: Any) -> str:
+    """What a matcher says of its failure, without its state."""
+    return re.split(r"<(?:state|backtrace)>", matcher.get_error())[0].strip()
+
+
 class _Vocabulary:
     """The tokenizer as llguidance wants it. Markup is special to it: no text of a grammar matches its spelling."""
 
@@ -232,11 +246,18 @@ class Grammar:
 
     def __init__(self, grammars: Grammars, source: str, longest: int) -> None:
         self.grammars, self.longest = grammars, longest
-        self.matcher = grammars._matcher(grammars._tokenizer, source, log_level=0)
+        self.matcher = grammars._matcher(grammars._tokenizer, source, log_level=0, limits=grammars._limits)
         if self.matcher.is_error():
-            raise InputError(f"schema cannot be kept to: {self.matcher.get_error()}")
+            raise InputError(f"schema cannot be kept to: {_reason(self.matcher)}")
+        self.trouble = ""  # why the last way out was not found, if it was llguidance's limits
         if not grammars.tokenizer.is_bytes:
             self.longest *= 4  # a token may open several things
+
+    @cached_property
+    def least(self) -> int | None:
+        """Tokens of the shortest reply that can be found; None if they are too many."""
+        found = self.way_out(self.matcher, MOST_LEAST)
+        return None if found is None else len(found)
 
     def way_out(self, matcher: Any, most: int, reply: Sequence[int] = ()) -> list[int] | None:
         """Tokens that complete what the matcher has seen, chosen greedily; None if ``most`` do not suffice.
@@ -252,6 +273,7 @@ class Grammar:
             if not forced:
                 forced = [self._choice(self.allowed(matcher), used, [*reply[-_RUN:], *found][-_RUN:])]
             if not matcher.consume_tokens(forced):
+                self.trouble = _reason(matcher)
                 return None
             found += forced
             used.update(forced)
@@ -300,11 +322,13 @@ class Constraint:
         self._free_V = None if budget is None else self._all_but([grammars.token(THINK)])
         if grammar is not None:
             self._matcher, self._seen = grammar.matcher.deep_copy(), list[int]()
-            least = grammar.way_out(self._matcher, max_tokens - 1 - thinking)  # one ends the reply, one the thought
-            if least is None:
+            if grammar.least is None:
+                raise InputError(f"schema has no reply within {MOST_LEAST} tokens that is found {grammar.trouble}")
+            if grammar.least > max_tokens - 1 - thinking:  # one ends the reply, one the thought
                 raise InputError(f"max_tokens is {max_tokens}; expected more, the schema's least reply does not fit")
-            self._budget = min(self._budget, max(0, max_tokens - len(least) - grammar.longest - 2))
+            self._budget = min(self._budget, max(0, max_tokens - grammar.least - grammar.longest - 2))
             self._safe = 0, 0  # behind so many tokens of the reply the way out was walked; up to so many it fits
+            self._way: tuple[int, list[int]] | None = None  # behind so many tokens, the way that is being taken
 
     def __call__(self, outputs: Sequence[int]) -> Tensor | None:
         """bool [vocabulary], what may follow ``outputs``; None for anything."""
@@ -350,6 +374,14 @@ class Constraint:
     def _all_but(self, ids: Sequence[int]) -> Tensor:
         return ~self._only(ids)
 
+    def _way_out(self, reply: list[int], grammar: Grammar, most: int) -> list[int] | None:
+        """The way out, if this is not on it already."""
+        if self._way is not None:
+            begin, way = self._way
+            if begin <= len(reply) <= begin + len(way) and reply[begin:] == way[: len(reply) - begin]:
+                return way[len(reply) - begin :]
+        return grammar.way_out(self._matcher, most, reply)
+
     def _next(self, reply: list[int], left: int) -> Tensor | None:
         """What the grammar allows, with ``left`` tokens to come; only the way out if that is getting long."""
         grammar, stops = self._grammar, self._grammars.stop_ids
@@ -361,21 +393,28 @@ class Constraint:
             self._seen = reply[:known]
             if known < self._safe[0]:  # that was another way
                 self._safe = 0, 0
+            if self._way is not None and known < self._way[0]:
+                self._way = None
         if not set(stops).isdisjoint(reply[known:]):
             return None  # behind the end drafts may be asked for; nothing comes of them
         if reply[known:] and not self._matcher.consume_tokens(reply[known:]):
-            raise InputError(f"reply left its grammar: {self._matcher.get_error()}")
+            raise InputError(f"reply left its grammar: {_reason(self._matcher)}")
         self._seen = reply
         walked, fits = self._safe
         if not walked <= len(reply) < fits:
-            out = grammar.way_out(self._matcher, left - 1, reply)
-            # Of a way that is not found nothing is sure.
-            spare = 0 if out is None else left - 1 - len(out) - grammar.longest
-            if out is not None and spare <= 0:
+            most = min(left - 1, MOST_LEAST)
+            out = self._way_out(reply, grammar, most)
+            if out is None:  # nothing is sure of it; to look for it at every token would take too long
+                self._safe, self._way = (len(reply), len(reply) + 1 + left // 2), None
+            elif (spare := most - len(out) - grammar.longest) <= 0:
+                self._way = len(reply), out
                 return self._only(out[:1] or stops)
-            # As long as it must still have been above 0: so it does not matter where the way was walked.
-            self._safe = len(reply), len(reply) + 1 + max(0, spare - 1) // (grammar.longest + 1)
+            else:
+                # As long as it must still have been above 0: so it does not matter where the way was walked.
+                self._safe, self._way = (len(reply), len(reply) + 1 + (spare - 1) // (grammar.longest + 1)), None
         allowed_V = torch.from_numpy(grammar.allowed(self._matcher))
+        if self._matcher.is_error():  # it would say that the reply may end
+            raise InputError(f"schema cannot be kept to: {_reason(self._matcher)}")
         if self._matcher.is_accepting():
             allowed_V[list(stops)] = True
         return allowed_V
