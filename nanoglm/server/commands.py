@@ -63,16 +63,17 @@ def serve(
     body = parse_bytes("max_body", max_body)
     assert body is not None
     try:
-        from nanoglm.server.run import make_service, run
+        from nanoglm.server.run import bind, make_service, run
     except ImportError as error:
         raise InputError(
             f"{error.name} is not installed; expected the server's packages: pip install nanoglm[serve]"
         ) from None
-    service = make_service(
-        model or ASSISTANT, names=served_model_name, memory=memory, drafts=drafts, dtype=getattr(torch, dtype),
-        most=max_requests, timeout=timeout, context=context,
-    )  # fmt: skip
-    run(service, host, port, key=key, most_bytes=int(body), grace=grace)
+    with bind(host, port) as at:  # before the model is loaded, which may take minutes
+        service = make_service(
+            model or ASSISTANT, names=served_model_name, memory=memory, drafts=drafts, dtype=getattr(torch, dtype),
+            most=max_requests, timeout=timeout, context=context,
+        )  # fmt: skip
+        run(service, at, key=key, most_bytes=int(body), grace=grace)
 
 
 def _is_local(host: str) -> bool:

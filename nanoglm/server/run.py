@@ -6,7 +6,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,30 +15,42 @@ import torch
 import uvicorn
 
 from nanoglm.api import checkpoint_directory, load
+from nanoglm.errors import InputError
 from nanoglm.llm import LLM
 from nanoglm.server.app import create_app
 from nanoglm.server.service import Service
 
+LATER = 5  # seconds behind the last answers until whoever still hangs on is cut off
+
 
 class Server(uvicorn.Server):
-    """uvicorn, but that streams end cleanly: on a signal nothing new is taken, after the grace all that runs ends."""
+    """uvicorn, but that streams end cleanly: on a signal nothing new is taken, after the grace all that runs ends.
 
-    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+    SIGINT leaves no grace, and a second signal ends the process as if nobody handled it.
+
+    Args:
+        ready: called once it listens.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, grace: float, ready: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
         super().__init__(config)
-        self._service, self._grace = service, grace
+        self._service, self._grace, self._ready = service, grace, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for each in sockets or ():
-            host, port = each.getsockname()[:2]
-            line = f"{self._service.names[0]}: http://{host}:{port} (page at /, APIs under /v1, /metrics)"
-            print(line, file=sys.stderr, flush=True)
+        self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        loop = asyncio.get_running_loop()
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        loop, grace = asyncio.get_running_loop(), self._grace if sig == signal.SIGTERM else 0.0
         loop.call_soon_threadsafe(self._service.drain)
-        loop.call_later(self._grace if sig == signal.SIGTERM else 0.0, self._service.end)
-        super().handle_exit(sig, frame)
+        loop.call_soon_threadsafe(loop.call_later, grace, self._service.end)
+        self.config.timeout_graceful_shutdown = int(grace) + LATER
+        self.should_exit = True  # not uvicorn's own way, which raises the signal again at the end
 
 
 def make_service(
@@ -56,8 +68,33 @@ def make_service(
     return Service(llm.model, llm.engine, names or (name,), **options)
 
 
-def run(service: Service, host: str, port: int, *, key: str | None = None, most_bytes: int, grace: float) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, not listening yet.
+
+    Raises:
+        InputError: there is no such address here, or somebody listens there.
+    """
+    found = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, UnicodeError) as error:
+        if found is not None:
+            found.close()
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise InputError(f"host is {host!r} and port {port}; expected an address that is free: {reason}") from None
+    return found
+
+
+def run(service: Service, at: socket.socket, *, key: str | None = None, most_bytes: int, grace: float) -> None:
     """Serves until a signal comes. Says where on standard error, once it listens."""
-    app = create_app(service, key=key, most_bytes=most_bytes)
-    config = uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=int(grace) + 5)
-    asyncio.run(Server(config, service, grace).serve([config.bind_socket()]))
+    host, port = at.getsockname()[:2]
+
+    def ready() -> None:
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"{service.names[0]}: {where} (page at /, APIs under /v1, /metrics)", file=sys.stderr, flush=True)
+
+    config = uvicorn.Config(create_app(service, key=key, most_bytes=most_bytes), log_level="warning")
+    asyncio.run(Server(config, service, grace, ready).serve([at]))
