@@ -8,6 +8,7 @@ Source: serving spec 5.3, 5.4.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -20,7 +21,7 @@ from starlette.responses import Response
 
 from nanoglm.errors import InputError
 from nanoglm.server.blocks import Block, changes
-from nanoglm.server.http import JSON, KINDS, Event, answer, stream
+from nanoglm.server.http import JSON, KINDS, STREAMED, Event, Objects, Route, Texts, answer, stream
 from nanoglm.server.service import Piece, Reply, Service, Usage
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -33,9 +34,9 @@ class CountRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str
-    messages: list[dict[str, Any]]
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Objects
+    system: str | Objects | None = None
+    tools: Objects | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
@@ -48,7 +49,7 @@ class MessagesRequest(CountRequest):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Texts | None = None
     stream: bool | None = None
 
 
@@ -269,14 +270,14 @@ def failed(status: int, message: str) -> Event:
 
 def router(service: Service) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(tags=["anthropic"])
+    routes = APIRouter(tags=["anthropic"], route_class=Route)
 
-    @routes.post("/v1/messages")
+    @routes.post("/v1/messages", responses=STREAMED)
     async def messages(request: Request, asked: MessagesRequest) -> Response:
         """A message, whole or as a stream."""
-        made = Messages(service, asked)
+        made = await asyncio.to_thread(Messages, service, asked)
         if asked.stream:
-            return await stream(made.start(), made.events, failed)
+            return await stream(request, made.start(), made.events, failed)
         return JSON(await answer(request, made.whole()))
 
     @routes.post("/v1/messages/count_tokens")
@@ -284,6 +285,7 @@ def router(service: Service) -> APIRouter:
         """How many tokens the prompt has."""
         service.check_name(asked.model)
         tools = tools_of(asked) if choice_of(asked) != "none" else []
-        return JSON({"input_tokens": len(service.prompt(messages_of(asked), tools, **effort_of(asked)))})
+        ids = await asyncio.to_thread(service.prompt, messages_of(asked), tools, **effort_of(asked))
+        return JSON({"input_tokens": len(ids)})
 
     return routes

@@ -6,18 +6,21 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanoglm.errors import NanoglmError
-from nanoglm.server.service import Overloaded, Piece, Reply, Service, ShuttingDown
+from nanoglm.server.service import NotFound, Overloaded, Piece, Reply, Service, ShuttingDown
 
 log = logging.getLogger("nanoglm.server")
 Found = TypeVar("Found")
@@ -40,15 +43,67 @@ def dumps(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
+# ------------------------------------------------------------------------------- requests
+# Lists that are refused with their first bad item: a million of them would take seconds and gigabytes to report.
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
+class _Strict(Request):
+    """A request whose JSON is JSON: Python's reader takes NaN and Infinity, which no answer could repeat."""
+
+    async def json(self) -> Any:
+        return json.loads(await self.body(), parse_constant=_refuse, parse_float=_finite)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise json.JSONDecodeError(f"{text[:40]} is no number of JSON, or too large", "", 0)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+class Route(APIRoute):
+    """An endpoint that reads JSON strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(_Strict(request.scope, request.receive))
+
+        return strict
+
+
 # ------------------------------------------------------------------------------- errors
+MOST_TEXT = 600  # characters of an error: what a client sent is in it, and may be long
 KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
 
 
+_OPENAI = {"error": {"type": "object", "required": ["message", "type", "param", "code"]}}
+_ANTHROPIC = {"type": {"const": "error"}, "error": {"type": "object", "required": ["type", "message"]}}
+_BODY = {"anyOf": [{"type": "object", "properties": p, "required": [*p]} for p in (_OPENAI, _ANTHROPIC)]}
+WORDS = {
+    400: "What is wrong with the request, in a sentence", 401: "The API key is missing or wrong",
+    404: "What the request names is not here", 408: "The request took too long", 413: "The body is too large",
+    429: "Too many requests at once", 503: "The server is shutting down",
+}  # fmt: skip
+# For the OpenAPI document: what every endpoint may answer, and what those that stream answer beside JSON.
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _BODY}}} for status, text in WORDS.items()
+}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
 def failure(path: str, status: int, message: str, param: str | None = None) -> JSON:
     """An error in the shape of the interface that was asked."""
+    message = sentence(message)
     kind = KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
     if path.startswith("/v1/messages"):
@@ -57,12 +112,20 @@ def failure(path: str, status: int, message: str, param: str | None = None) -> J
     return JSON({"error": error}, status, headers)
 
 
+def sentence(message: str) -> str:
+    """A message on one line, and not longer than somebody reads."""
+    message = " ".join(message.split())
+    return message if len(message) <= MOST_TEXT else f"{message[: MOST_TEXT // 2]} ... {message[-MOST_TEXT // 2 :]}"
+
+
 def status_of(error: Exception) -> tuple[int, str]:
     """The status and the sentence for what went wrong."""
     if isinstance(error, NanoglmError):
-        return 400, str(error)
-    if isinstance(error, LookupError):
-        return 404, str(error.args[0]) if error.args else "not found"
+        return 400, sentence(str(error))
+    if isinstance(error, RecursionError):
+        return 400, "request is nested too deep; expected fewer objects and lists within each other"
+    if isinstance(error, NotFound):
+        return 404, sentence(str(error))
     if isinstance(error, Overloaded):
         return 429, str(error)
     if isinstance(error, ShuttingDown):
@@ -91,7 +154,7 @@ async def on_invalid(request: Request, error: Exception) -> Response:
     """For fields of a wrong kind: the first of them, in a sentence."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))[:200]
     if isinstance(first.get("input"), bytes):
         kind = request.headers.get("content-type")
         return failure(request.url.path, 400, f"content-type is {kind}; expected application/json")
@@ -102,7 +165,10 @@ async def on_invalid(request: Request, error: Exception) -> Response:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except RecursionError:
+        return "nested too deep to be shown"
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
@@ -151,6 +217,7 @@ Event = tuple[str | None, Mapping[str, Any] | str]  # its name, if the interface
 
 
 async def stream(
+    request: Request,
     pieces: AsyncGenerator[Piece, None],
     events: Callable[[AsyncGenerator[Piece, None]], AsyncGenerator[Event, None]],
     failed: Callable[[int, str], Event],
@@ -160,7 +227,7 @@ async def stream(
     Args:
         events: what the interface makes of pieces. failed: its event for an error.
     """
-    first = await anext(pieces)
+    first = await answer(request, anext(pieces))
 
     async def again() -> AsyncGenerator[Piece, None]:
         async with aclosing(pieces):
@@ -193,10 +260,12 @@ class Door:
 
     Args:
         key: that all but ``free`` paths ask for, as bearer token or x-api-key; None for none. most: bytes of a body.
+        patience: seconds for a client to read something of what is on its way to it. One that reads nothing keeps its
+            place among the requests that are taken at once, and is let go of.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, most: int, free: Sequence[str]) -> None:
-        self._app, self._key, self._most, self._free = app, key, most, free
+    def __init__(self, app: ASGIApp, key: str | None, most: int, free: Sequence[str], patience: float) -> None:
+        self._app, self._key, self._most, self._free, self._patience = app, key, most, free, patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -224,13 +293,19 @@ class Door:
         async def sending(message: Message) -> None:
             nonlocal began
             began = True
-            await send(message)
+            try:
+                async with asyncio.timeout(self._patience):
+                    await send(message)
+            except TimeoutError:
+                raise _Stuck from None
 
         try:
             await self._app(scope, limited, sending)
         except _TooLarge:
             if not began:
                 await self._refuse(scope, receive, send)
+        except _Stuck:
+            log.warning("client read nothing for %g seconds", self._patience)  # the server closes the connection
 
     def _knows(self, headers: Mapping[str, str]) -> bool:
         assert self._key is not None
@@ -245,3 +320,7 @@ class Door:
 
 class _TooLarge(BaseException):  # no Exception: nothing on the way is to make something else of it
     """A body went beyond the limit."""
+
+
+class _Stuck(BaseException):
+    """A client does not read."""

@@ -5,11 +5,12 @@ Source: serving spec 5.1.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.engine.request import Logprobs
 from nanoglm.errors import InputError
-from nanoglm.server.http import JSON, Event, answer, collect, stream
+from nanoglm.server.http import JSON, STREAMED, Event, Ids, Objects, Route, Texts, answer, collect, stream
 from nanoglm.server.service import Job, Piece, Reply, Service, Usage
 from nanoglm.server.xray import XRays
 
@@ -40,9 +41,9 @@ class Sampling(BaseModel):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(fail_fast=True)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
@@ -77,9 +78,9 @@ class Sampling(BaseModel):
 class ChatRequest(Sampling):
     """``POST /v1/chat/completions``."""
 
-    messages: list[dict[str, Any]]
+    messages: Objects
     max_completion_tokens: int | None = Field(None, ge=0)
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -96,7 +97,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """``POST /v1/completions``: the prompt as it is; who wants [gMASK]<sop> writes it."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=100)
 
@@ -388,22 +389,22 @@ def _token_id(name: str) -> int:
 # ------------------------------------------------------------------------------- routes
 def router(service: Service, xrays: XRays) -> APIRouter:
     """The endpoints."""
-    routes = APIRouter(tags=["openai"])
+    routes = APIRouter(tags=["openai"], route_class=Route)
 
-    @routes.post("/v1/chat/completions")
+    @routes.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         """A chat completion, whole or as a stream."""
-        chat = Chat(service, asked, xrays)
+        chat = await asyncio.to_thread(Chat, service, asked, xrays)
         if asked.stream:
-            return await stream(chat.start(), chat.chunks, failed)
+            return await stream(request, chat.start(), chat.chunks, failed)
         return JSON(await answer(request, chat.whole()))
 
-    @routes.post("/v1/completions")
+    @routes.post("/v1/completions", responses=STREAMED)
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """A completion of raw text or token ids."""
-        completion = Completion(service, asked)
+        completion = await asyncio.to_thread(Completion, service, asked)
         if asked.stream:
-            return await stream(completion.start(), completion.chunks, failed)
+            return await stream(request, completion.start(), completion.chunks, failed)
         return JSON(await answer(request, completion.whole()))
 
     @routes.get("/v1/models")

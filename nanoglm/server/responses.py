@@ -5,6 +5,7 @@ Source: serving spec 5.2.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections import OrderedDict
@@ -18,9 +19,9 @@ from starlette.responses import Response
 
 from nanoglm.errors import InputError
 from nanoglm.server.blocks import Block, changes
-from nanoglm.server.http import JSON, Event, answer, stream
+from nanoglm.server.http import JSON, STREAMED, Event, Objects, Route, answer, stream
 from nanoglm.server.openai import call_id, schema_of
-from nanoglm.server.service import Piece, Reply, Service, Usage
+from nanoglm.server.service import NotFound, Piece, Reply, Service, Usage
 
 KEPT = 256
 
@@ -31,10 +32,10 @@ class ResponsesRequest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Objects
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: dict[str, Any] | None = None
@@ -239,9 +240,9 @@ class Kept:
             self._kept.popitem(last=False)
 
     def get(self, name: str) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
-        """Raises LookupError if it is not there."""
+        """Raises NotFound if it is not there."""
         if name not in self._kept:
-            raise LookupError(f"no response {name!r}; expected one of the last {KEPT}")
+            raise NotFound(f"no response {name!r}; expected one of the last {KEPT}")
         return self._kept[name]
 
 
@@ -252,14 +253,14 @@ def failed(status: int, message: str) -> Event:
 
 def router(service: Service) -> APIRouter:
     """The endpoints."""
-    routes, kept = APIRouter(tags=["openai"]), Kept()
+    routes, kept = APIRouter(tags=["openai"], route_class=Route), Kept()
 
-    @routes.post("/v1/responses")
+    @routes.post("/v1/responses", responses=STREAMED)
     async def responses(request: Request, asked: ResponsesRequest) -> Response:
         """A response, whole or as a stream."""
-        run = Run(service, asked, kept)
+        run = await asyncio.to_thread(Run, service, asked, kept)
         if asked.stream:
-            return await stream(run.start(), run.events, failed)
+            return await stream(request, run.start(), run.events, failed)
         return JSON(await answer(request, run.whole()))
 
     @routes.get("/v1/responses/{name}")

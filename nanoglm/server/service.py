@@ -30,6 +30,10 @@ MOST_REPLIES = 16
 NAME = re.compile(r"[\w.:/-]{1,128}")  # of a function
 
 
+class NotFound(Exception):
+    """What a request names is not here. Not LookupError: one of those is a mistake of ours."""
+
+
 class Overloaded(Exception):
     """More requests than the server takes at once."""
 
@@ -144,9 +148,9 @@ class Service:
 
     # ---------------------------------------------------------------- jobs
     def check_name(self, name: str | None) -> None:
-        """Raises LookupError for a model that is not served; a suffix such as [1m] asks for the context there is."""
+        """Raises NotFound for a model that is not served; a suffix such as [1m] asks for the context there is."""
         if name is not None and name not in self.names and name.removesuffix("[1m]") not in self.names:
-            raise LookupError(f"model {name!r} is not served here; expected one of {', '.join(self.names)}")
+            raise NotFound(f"model {name!r} is not served here; expected one of {', '.join(self.names)}")
 
     def chat(
         self,
@@ -165,7 +169,7 @@ class Service:
         sampling: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Job:
-        """A conversation as a job.
+        """A conversation as a job. Long texts and large schemas take time: not for the event loop's thread.
 
         Args:
             tool_choice: none, auto, required, or the name of a function in an object as OpenAI has it.
@@ -189,6 +193,8 @@ class Service:
             grammar = self.grammars.calls(forced, several)
         elif schema is not None:
             grammar = self.grammars.calls(functions, several, schema) if functions else self.grammars.json(schema)
+        if grammar is not None:
+            _ = grammar.least  # found here and not where everybody waits
         return Job(
             tuple(prompt), self.params(len(prompt), max_tokens, sampling or {}), self.within_thought(prompt),
             tools=tuple(functions), several=several, budget=thinking_budget(thinking, budget), grammar=grammar,
@@ -248,6 +254,8 @@ class Service:
         each = [job for job in jobs for _ in range(job.n)]
         if any(job.n < 1 for job in jobs) or len(each) > MOST_REPLIES * len(jobs):
             raise InputError(f"n is {jobs[0].n}; expected 1 to {MOST_REPLIES}")
+        if len(each) > self._most:
+            raise InputError(f"request asks for {len(each)} replies; expected at most {self._most}")
         if self._busy + len(each) > self._most:
             raise Overloaded(f"server has {self._busy} requests; expected at most {self._most}, try again later")
         requests: list[Request] = []
@@ -256,7 +264,7 @@ class Service:
                 seed = (job.params.seed + i % job.n) % 2**64
                 params = replace(job.params, seed=seed, mask=self._mask(job))
                 requests.append(self.engine.add(job.prompt, params, record=job.xray))
-        except InputError:
+        except Exception:
             for request in requests:
                 self.engine.abort(request)
             raise

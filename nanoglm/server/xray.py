@@ -15,7 +15,7 @@ from starlette.responses import Response
 from nanoglm.engine.record import Trace
 from nanoglm.errors import InputError
 from nanoglm.server.http import JSON
-from nanoglm.server.service import Reply, Service
+from nanoglm.server.service import NotFound, Reply, Service
 
 KEPT = 16
 MOST_BINS = 512
@@ -103,9 +103,9 @@ class XRays:
                 self._kept.popitem(last=False)
 
     def get(self, name: str) -> XRay:
-        """Raises LookupError if nothing is kept under this id."""
+        """Raises NotFound if nothing is kept under this id."""
         if name not in self._kept:
-            raise LookupError(f"no X-ray of {name!r}; expected the id of one of the last {KEPT} replies with xray")
+            raise NotFound(f"no X-ray of {name!r}; expected the id of one of the last {KEPT} replies with xray")
         return self._kept[name]
 
 
