@@ -40,9 +40,11 @@ from nanoglm.errors import InputError
 MOST_LEAST = 4096
 MOST_STATES = 50_000  # of a grammar's lexer, of some kilobytes each; llguidance's other limits are good as they are
 THINK, THINK_END, CALL = "<think>", "</think>", "<tool_call>"
-# Where there is a choice on the way out: what ends something, then what is short; what opens something at last.
-_ENDS, _SHORT, _OPEN = (b"}", b"]", b'"'), (b"0", b"1", b"n", b"f", b"t"), (b"[", b"{")
-_RUN = 16  # so many in a row end nothing
+# Where there is a choice on the way out: what ends something, then what is short, then what patterns often ask for;
+# what opens something at last.
+_ENDS, _SHORT, _OPEN = b'}]"', b"01nft", b"[{"
+_ORDER = _ENDS + _SHORT + b"aA-@.:/_ #+," + bytes(range(32, 127)) + bytes(range(256))
+_RUN, _FEW, _TRIES = 16, 8, 24  # so many in a row end nothing; choices that are few; walks
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -85,11 +87,11 @@ class Grammars:
     def way_out(self) -> list[int]:
         """Ids in the order of their choice on the way out; others follow."""
         single = {text: i for i, text in reversed(list(enumerate(self.bytes))) if len(text) == 1}
-        rest = [text for text in sorted(single) if text not in (*_ENDS, *_SHORT, *_OPEN)]
+        order = [byte for byte in dict.fromkeys(_ORDER) if byte not in _OPEN] + list(_OPEN)
         markup = [
             self.token(name) for name in ("</arg_value>", "</tool_call>", "</arg_key>") if name in self.tokenizer.added
         ]
-        return markup + [single[text] for text in (*_ENDS, *_SHORT, *rest, *_OPEN) if text in single]
+        return markup + [single[text] for byte in order if (text := bytes([byte])) in single]
 
     @cached_property
     def quote(self) -> int:
@@ -260,38 +262,60 @@ class Grammar:
         return None if found is None else len(found)
 
     def way_out(self, matcher: Any, most: int, reply: Sequence[int] = ()) -> list[int] | None:
-        """Tokens that complete what the matcher has seen, chosen greedily; None if ``most`` do not suffice.
+        """Tokens that complete what the matcher has seen; None if none of at most ``most`` are found.
+
+        At a choice of few what is likely short is taken, each time the same. Where that leads in a circle (a schema
+        that holds itself) the choices that came again are made otherwise, in all combinations.
 
         Args:
             reply: what it has seen: the way out of what stands on a way out is the rest of that.
         """
-        found, matcher, used = list[int](), matcher.deep_copy(), Counter(reply)
-        while len(found) <= most:
-            if matcher.is_accepting():
+        otherwise = Counter[tuple[int, ...]]()
+        for _ in range(_TRIES):
+            found, choices = self._walk(matcher.deep_copy(), most, reply, otherwise)
+            if found is not None:
                 return found
-            forced = matcher.compute_ff_tokens()
-            if not forced:
-                forced = [self._choice(self.allowed(matcher), used, [*reply[-_RUN:], *found][-_RUN:])]
-            if not matcher.consume_tokens(forced):
-                self.trouble = _reason(matcher)
+            for those in reversed([those for those, times in choices.items() if times > 1]):
+                otherwise[those] = (otherwise[those] + 1) % len(those)
+                if otherwise[those]:
+                    break
+            else:
                 return None
-            found += forced
-            used.update(forced)
         return None
 
-    def _choice(self, allowed: np.ndarray, used: Mapping[int, int], last: list[int]) -> int:
-        """What ends something; else what came least often: any number of it may not lead out of a pattern, or of a
-        schema that holds itself."""
-        texts, quote = self.grammars.bytes, self.grammars.quote
-        choices = [i for i in self.grammars.way_out if allowed[i]] or [int(allowed.argmax())]
-        first = choices[0]
+    def _walk(
+        self, matcher: Any, most: int, reply: Sequence[int], otherwise: Mapping[tuple[int, ...], int]
+    ) -> tuple[list[int] | None, Counter[tuple[int, ...]]]:
+        """A way out and how often which choice was made on it."""
+        found, used, made = list[int](), Counter(reply), Counter[tuple[int, ...]]()
+        while len(found) <= most:
+            if matcher.is_accepting():
+                return found, made
+            forced = matcher.compute_ff_tokens()
+            if not forced:
+                allowed = self.allowed(matcher)
+                choices = [i for i in self.grammars.way_out if allowed[i]] or [int(allowed.argmax())]
+                token = self._end(choices, [*reply[-_RUN:], *found][-_RUN:])
+                if token is None and len(choices) <= _FEW:
+                    made[tuple(choices)] += 1
+                    token = choices[otherwise[tuple(choices)] % len(choices)]
+                # Of many what came least often: any number of one letter may not lead out of a pattern.
+                forced = [min(choices, key=lambda i: used[i]) if token is None else token]
+            if not matcher.consume_tokens(forced):
+                self.trouble = _reason(matcher)
+                break
+            found += forced
+            used.update(forced)
+        return None, made
+
+    def _end(self, choices: Sequence[int], last: Sequence[int]) -> int | None:
+        """The choice that ends something."""
+        texts, quote, first = self.grammars.bytes, self.grammars.quote, choices[0]
         if len(texts[first]) > 1:  # markup
             return first
         if len(choices) > 64:  # within a string, where brackets end nothing
-            first = quote if allowed[quote] and last[-2:] != [quote] * 2 else -1
-        if first >= 0 and texts[first] in _ENDS and last != [first] * _RUN:
-            return first
-        return min(choices, key=lambda i: (texts[i] in _OPEN, used[i]))
+            return quote if quote in choices and last[-2:] != [quote] * 2 else None
+        return first if texts[first] in _ENDS and last != [first] * _RUN else None
 
     def allowed(self, matcher: Any) -> np.ndarray:
         """bool [vocabulary]: what may come next in the grammar."""
