@@ -54,6 +54,8 @@ def _check(schema: Any, where: str) -> None:
         check(name, isinstance(schema.get(name, []), list), "a list")
     for name in _NUMBERS:
         check(name, isinstance(schema.get(name, 0), int) and schema.get(name, 0) >= 0, "a whole number, 0 or more")
+    for name in ("pattern", "$ref"):
+        check(name, isinstance(schema.get(name, ""), str), "text")
     required = schema.get("required", [])
     check("required", isinstance(required, list) and all(isinstance(r, str) for r in required), "a list of names")
     if max(len(schema.get("properties", {})), len(required)) > MOST_PROPERTIES:

@@ -78,8 +78,13 @@ def test_budget(kind: str, budget: int) -> None:
 
 def test_a_call_ends_thought() -> None:
     found = grammars("bytes")
-    constraint = Constraint(found, 100, thinking=True, budget=3)
-    assert allowed(constraint, [65, found.token("<tool_call>"), 65, 65, 65]) != {found.token("</think>")}
+    call, end, key = (found.token(text) for text in ("<tool_call>", "</tool_call>", "<arg_key>"))
+    constraint = Constraint(found, 100, thinking=True, budget=3, names=found.names([{"name": "ab"}, {"name": "a"}]))
+    assert allowed(constraint, [65, call]) == {ord("a")}  # nothing but the name of a tool makes it a call
+    assert allowed(constraint, [65, call, ord("a")]) == {ord("b"), key, end}
+    assert allowed(constraint, [65, call, ord("a"), key]) == set(range(320)) - {found.token("<think>")}
+    without = Constraint(found, 100, thinking=True, budget=3)
+    assert allowed(without, [65, call, 65]) == {found.token("</think>")}  # where there are no tools it is text
 
 
 def test_without_a_budget_thought_is_free_up_to_the_room_for_the_reply() -> None:
@@ -221,7 +226,7 @@ def test_rows_without_a_token_never_come() -> None:
         ({"not": {"type": "string"}}, "schema cannot be kept to: Unimplemented keys"),
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "schema cannot be kept to: Unsat"),
         ({"$ref": "#/$defs/none"}, "schema cannot be kept to"),
-        (5, "schema is no JSON schema"),
+        (5, "schema is 5; expected a JSON schema"),
     ],
 )
 def test_what_cannot_be_kept_to(schema: Any, message: str) -> None:
