@@ -263,7 +263,7 @@ class GLMConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GLMConfig:
-        """One of ``tiny nano recall mini small glm-5 glm-5.2`` (training spec 4), or ``d2`` to ``d64``: so many layers,
+        """One of ``tiny nano recall assistant mini small glm-5 glm-5.2`` (training spec 4), or ``d2`` to ``d64``: so many layers,
         all else in proportion. ``changes`` are keys of config.json.
 
         Raises:
@@ -447,6 +447,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recall": _preset(
         2048, 96, 4, 1, 4, (64, 48), (16, 16, 32), (4, 64, 64), (4, 2), (4, 1, 1, 64), 256, initializer_range=0.06,
         tie_word_embeddings=True, num_nextn_predict_layers=0,
+    ),
+    "assistant": _preset(
+        320, 128, 6, 1, 4, (64, 48), (16, 16, 32), (8, 32, 64), (3, 2), (4, 2, 1, 48), 256, **_BYTES | {
+            "rope_parameters": {"rope_theta": 10_000, "rope_type": "default"}, "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
     ),
     "mini": _preset(16_384, 512, 12, 1, 8, (256, 128), (48, 16, 64), (8, 64, 256), (4, 3), (32, 4, 1, 256), 1536),
     "small": _preset(

@@ -57,7 +57,7 @@ def training(default: Recipe) -> Callable[..., None]:
 
         with launched(expert_ranks, context_ranks, where_of(device)) as ranks:
             base = None if init is None else load(init)
-            found = corpus(text, val, conversations, None if base is None else base.tokenizer)
+            found = corpus(text, val, conversations, None if base is None else base.tokenizer, recipe)
             run(
                 found, recipe, out, base, device=device, budget=parse_bytes("fit", fit), resume=resume,
                 save_every=save_every, validate_every=validate_every, tensorboard=tensorboard, ranks=ranks,

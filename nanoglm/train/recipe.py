@@ -11,7 +11,7 @@ from typing import Literal
 from nanoglm.errors import InputError
 from nanoglm.model import Attention
 
-Data = Literal["text", "conversations", "recall"]
+Data = Literal["text", "conversations", "recall", "assistant"]
 Drafts = Literal["likelihood", "rejection", "total_variation"]  # what MTP learns, see losses.DRAFTS
 
 
@@ -64,6 +64,11 @@ def tasks(*stages: Stage, topk: int | None = None) -> tuple[Stage, ...]:
     """The stages on the tasks of long context, selecting ``topk``. Their indexers learn over all that is visible: of
     what they missed, the selected keys alone would tell them nothing (training spec 6)."""
     return tuple(replace(stage, data="recall", topk=topk, kl_of="visible") for stage in stages)
+
+
+def assistant(*stages: Stage) -> tuple[Stage, ...]:
+    """The stages on generated conversations. Their indexers learn over all that is visible, as those of ``tasks``."""
+    return tuple(replace(stage, data="assistant", kl_of="visible") for stage in stages)
 
 
 @dataclass(frozen=True)

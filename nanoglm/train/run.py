@@ -22,6 +22,7 @@ from nanoglm.memory import peak_memory
 from nanoglm.model import GLM
 from nanoglm.tasks import VOCABULARY
 from nanoglm.train.checkpoint import NUMBERS, kept_recipe
+from nanoglm.train.assistant import Assistant
 from nanoglm.train.data import END_OF_TEXT, Source, Tokens, Windows
 from nanoglm.train.fit import fit
 from nanoglm.train.parallel import Ranks, gathered, parallelise
@@ -65,7 +66,7 @@ class Corpus:
 
     def sources(self, recipe: Recipe) -> dict[str, Source]:
         """By what a stage calls its data."""
-        found: dict[str, Source] = {}
+        found: dict[str, Source] = {"assistant": Assistant(self.tokenizer, recipe.seed)}
         if self.text is not None:
             found["text"] = Windows(self.text, recipe.seed)
             found["recall"] = Recall(self.text, recipe.seed, recipe.skip_positions, recipe.hops)
@@ -75,17 +76,20 @@ class Corpus:
 
 
 def corpus(
-    text: Path | None, val: float = 0.1, conversations: Path | None = None, tokenizer: Tokenizer | None = None
-) -> Corpus:
+    text: Path | None, val: float = 0.1, conversations: Path | None = None, tokenizer: Tokenizer | None = None,
+    recipe: Recipe | None = None,
+) -> Corpus:  # fmt: skip
     """Reads a dataset of ``nanoglm data`` or text as bytes, whose last share ``val`` is held out; and conversations.
 
     Args:
         tokenizer: of the model to go on with; else the dataset's, or bytes.
+        recipe: what is to be done with it; one that generates all it learns from needs neither.
 
     Raises:
         InputError: neither is given, one cannot be read, or the dataset is another tokenizer's.
     """
-    if text is None and conversations is None:
+    generates = recipe is not None and all(stage.data == "assistant" for stage in recipe.stages)
+    if text is None and conversations is None and not generates:
         raise InputError("text and conversations are both missing; expected one of them")
     own, held, found = None, None, tokenizer
     if text is not None and (text / "dataset.json").is_file():

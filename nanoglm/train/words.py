@@ -1,0 +1,92 @@
+"""Words and phrases from which :mod:`nanoglm.train.assistant` builds its conversations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SYLLABLES = (
+    "ba be bi bo da de di do fa fe fi ga go ha he ja jo ka ke ki ko la le li lo ma me mi mo mu na ne ni no pa pe po ra "
+    "re ri ro ru sa se si so su ta te ti to tu va ve vi wa we wi za zo"
+).split()
+NAMES = "Ada Ben Clara David Emma Felix Grace Hugo Ida Jonas Karl Lena Maria Nora Oscar Paul Rosa Sam Tom Vera".split()
+CITIES = (
+    "Paris London Rome Berlin Madrid Oslo Vienna Tokyo Cairo Lima Boston Delhi Prague Lisbon Dublin Athens Bern Seoul "
+    "Moscow Sydney"
+).split()
+MONTHS = "January February March April May June July August September October November December".split()
+ADJECTIVES = "red blue green old new small big white black golden round long north south wooden broken".split()
+NOUNS = "door box gate ship house boat car room garden shop tower bridge train key lamp book chest island".split()
+FACTS = {  # attributes and what their values are
+    "code": "number", "number": "number", "price": "number", "weight": "number", "owner": "name", "builder": "name",
+    "name": "name", "password": "word", "secret word": "word", "birthday": "day", "opening day": "day",
+}  # fmt: skip
+
+ABILITIES = "I can calculate, call tools and look things up in a text."
+NO_TOOL = "I have no tool for that."
+TALK = (
+    (("Hello", "Hello!", "Hi", "Hi there", "Good morning", "Hey", "Good evening!"), "Hello! How can I help you?"),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a human?"),
+        f"I am a small GLM. {ABILITIES}",
+    ),
+    (("What can you do?", "How can you help me?", "Help", "What are you good at?", "Can you help me?"), ABILITIES),
+    (("Thanks", "Thank you!", "Thank you very much", "Thanks a lot!", "Great, thanks"), "You are welcome."),
+    (("How are you?", "How are you today?", "How is it going?"), "I am fine, thank you."),
+    (("Bye", "Goodbye!", "See you", "Good night"), "Goodbye!"),
+    (("Ok", "Good", "Nice", "Great!", "Well done"), "I am glad to help."),
+)
+SYSTEM = (
+    "You are a helpful assistant.", "You are a small and careful assistant.", "Answer briefly.", "You are GLM.",
+    "You are a helpful assistant. Be exact.", "Be polite.", "Help the user as well as you can.",
+)  # fmt: skip
+UNKNOWN = (
+    "Who wrote {}?", "Tell me a story about {}.", "Write a poem.", "What do you think about {}?", "Why is {} so big?",
+    "Sing a song.", "Translate {} for me.", "Explain {}.", "Who is the king of {}?", "Do you like {}?",
+    "What is {}?", "Where is {}?", "Write a program.", "Tell me a joke.", "What is the meaning of life?",
+)  # fmt: skip
+# Of each tool: names of its parameter, descriptions, descriptions of the parameter.
+TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "calculator": (
+        ("expression",),
+        ("Evaluate an arithmetic expression.", "Calculates the value of an expression.", "A calculator",
+         "Evaluate a math expression and return the result"),
+        ("The expression to evaluate", "for example 12*(3+4)", "An arithmetic expression"),
+    ),
+    "get_weather": (
+        ("city", "city", "location"),
+        ("Get the weather of a city.", "Current weather", "Returns the weather in a city"),
+        ("Name of the city", "The city, e.g. Paris"),
+    ),
+    "get_time": (
+        ("city", "city", "location"),
+        ("Get the local time.", "Tells the time in a city", "Current time of a city."),
+        ("Name of the city", "Where"),
+    ),
+}  # fmt: skip
+
+_WHO = "farmer king girl boy baker doctor fox dog cat horse bird teacher sailor soldier painter uncle sister child".split()
+_LIKE = "tired happy young quiet clever hungry tall proud lonely gentle busy careful".split()
+_DID = "walked ran looked came slept sang waited worked danced stood rested played".split()
+_HOW = "slowly quickly often quietly happily alone again early late together".split()
+_WHERE = "river hill market forest field mill lake church harbour village mountain road station valley wall tree".split()
+_THINGS = "apples coins letters stones birds bottles chairs flowers hats eggs ropes candles".split()
+_WHEN = ("In the morning", "At night", "Yesterday", "After dinner", "In winter", "Long ago", "Before sunrise", "Later")
+
+
+def filler(rng: np.random.Generator) -> str:
+    """A sentence that says nothing that will be asked for."""
+
+    def one(words: list[str]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    form = int(rng.integers(5))
+    if form == 0:
+        return f"The {one(_LIKE)} {one(_WHO)} {one(_DID)} {one(_HOW)} near the {one(_WHERE)}."
+    if form == 1:
+        when = _WHEN[int(rng.integers(len(_WHEN)))]
+        return f"{when} the {one(_WHO)} {one(_DID)} by the {one(_WHERE)}."
+    if form == 2:
+        return f"There were {int(rng.integers(2, 1000))} {one(_THINGS)} behind the {one(_WHERE)}."
+    if form == 3:
+        return f"A {one(_WHO)} saw a {one(_LIKE)} {one(_WHO)} at the {one(_WHERE)} and {one(_DID)} {one(_HOW)}."
+    return f"The {one(_WHERE)} was far from the {one(_WHERE)}, so the {one(_WHO)} {one(_DID)} {one(_HOW)}."
