@@ -263,8 +263,8 @@ class GLMConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> GLMConfig:
-        """One of ``tiny nano recall assistant mini small glm-5 glm-5.2`` (training spec 4), or ``d2`` to ``d64``: so many layers,
-        all else in proportion. ``changes`` are keys of config.json.
+        """One of ``tiny nano recall assistant mini small glm-5 glm-5.2`` (training spec 4), or ``d2`` to ``d64``: so
+        many layers, all else in proportion. ``changes`` are keys of config.json.
 
         Raises:
             ConfigError: no such preset, or changes that do not go together.

@@ -1,11 +1,11 @@
 """Conversations for a small assistant, drawn without end: arithmetic with thinking effort, tool calls, lookups in long
 texts, small talk.
 
-How much is thought follows the effort. Off: the answer at once. High: one running total a step. Max: every step digit by
-digit, with carries, which a model of some layers can do surely where it guesses a total. Nothing else tells the levels
-apart, so what effort buys is what was learnt.
+How much is thought follows the effort. Off: the answer at once. High: one running total a step. Max: every step digit
+by digit, with carries, which a model of some layers can do surely where it guesses a total. Nothing else tells the
+levels apart, so what effort buys is what was learnt.
 
-A conversation is a dict as ``sft.samples`` reads it, so training sees the ids that serving sees. Source: serving spec 2.
+A conversation is a dict as ``sft.samples`` reads it, so training sees the ids that serving sees (serving spec 2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,20 @@ from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.train.data import Sample
 from nanoglm.train.sft import Document, samples
 from nanoglm.train.words import (
-    ABILITIES, ADJECTIVES, CITIES, FACTS, MONTHS, NAMES, NO_TOOL, NOUNS, SYLLABLES, SYSTEM, TALK, TOOLS, UNKNOWN, filler,
+    ABILITIES,
+    ADJECTIVES,
+    CITIES,
+    FACTS,
+    MONTHS,
+    NAMES,
+    NO_TOOL,
+    NOUNS,
+    SYLLABLES,
+    SYSTEM,
+    TALK,
+    TOOLS,
+    UNKNOWN,
+    filler,
 )  # fmt: skip
 
 Level = Literal["off", "high", "max"]
@@ -132,7 +145,9 @@ def _number(rng: np.random.Generator, digits: int) -> int:
 def spoken(expression: Problem, rng: np.random.Generator) -> str:
     """The expression as a user may write it."""
     space = pick(rng, ["", " ", " "])
-    signs = {sign: f"{space}{sign}{space}" for sign in SIGNS} | ({"*": f"{space}x{space}"} if rng.random() < 0.2 else {})
+    signs = {sign: f"{space}{sign}{space}" for sign in SIGNS}
+    if rng.random() < 0.2:
+        signs["*"] = f"{space}x{space}"
     if rng.random() < 0.3:
         signs = {sign: f" {word} " for sign, word in SIGNS.items()}
     ends = [signs[sign] for sign in expression.signs] + [""]
@@ -211,7 +226,7 @@ def calculated(rng: np.random.Generator, level: Level, offered: Sequence[dict[st
 
 def asked(rng: np.random.Generator, level: Level, offered: Sequence[dict[str, Any]]) -> Messages:
     """A question for weather or time, answered by the tool if it is there."""
-    name, city = pick(rng, ["get_weather", "get_time"]), pick(rng, CITIES) if rng.random() < 0.5 else word(rng).title()
+    name, city = pick(rng, ["get_weather", "get_time"]), place(rng)
     if name == "get_weather":
         text = pick(rng, ["What is the weather in {}?", "How is the weather in {}?", "weather in {}"]).format(city)
         state = pick(rng, ["sunny", "rainy", "cloudy", "windy", "snowy", "foggy"])
@@ -243,6 +258,10 @@ def word(rng: np.random.Generator) -> str:
     return "".join(pick(rng, SYLLABLES) for _ in range(int(rng.integers(2, 4))))
 
 
+def place(rng: np.random.Generator) -> str:
+    return str(pick(rng, CITIES) if rng.random() < 0.5 else word(rng).title())
+
+
 def value(rng: np.random.Generator, kind: str) -> str:
     if kind == "number":
         return str(_number(rng, int(rng.integers(2, 6))))
@@ -256,7 +275,7 @@ def fact(rng: np.random.Generator) -> tuple[str, str, str]:
     if rng.random() < 0.25:
         who, verb = pick(rng, NAMES), pick(rng, ["lives", "was born"])
         ask = f"Where does {who} live?" if verb == "lives" else f"Where was {who} born?"
-        return f"{who} {verb}", f"{who} {verb} in {pick(rng, CITIES) if rng.random() < 0.5 else word(rng).title()}.", ask
+        return f"{who} {verb}", f"{who} {verb} in {place(rng)}.", ask
     attribute = pick(rng, list(FACTS))
     name = f"the {attribute} of the {pick(rng, ADJECTIVES)} {pick(rng, NOUNS)}"
     ask = pick(rng, ["What is {}?", "what is {}", "Tell me {}.", "Please look up {}."]).format(name)
@@ -341,8 +360,9 @@ def conversation(rng: np.random.Generator, length: int = 2048, kind: Kind | None
             messages += tools(rng, level, found["tools"])
     elif kind == "lookup":
         least, most = 60, max(80, min(1900, length - 150 - 90 * turns))
-        size = int(np.exp(rng.uniform(np.log(least), np.log(most)))) if rng.random() < 0.5 else int(rng.integers(least, most))
-        messages += lookup(rng, level, size, turns)
+        short = rng.random() < 0.5  # as many of each order of magnitude; else as many of each length
+        size = np.exp(rng.uniform(np.log(least), np.log(most))) if short else rng.integers(least, most)
+        messages += lookup(rng, level, int(size), turns)
     else:
         for _ in range(turns):
             messages += arithmetic(rng, level) if (rng.random() < 0.8) == (kind == "arithmetic") else talk(rng, level)

@@ -21,8 +21,8 @@ from nanoglm.errors import InputError
 from nanoglm.memory import peak_memory
 from nanoglm.model import GLM
 from nanoglm.tasks import VOCABULARY
-from nanoglm.train.checkpoint import NUMBERS, kept_recipe
 from nanoglm.train.assistant import Assistant
+from nanoglm.train.checkpoint import NUMBERS, kept_recipe
 from nanoglm.train.data import END_OF_TEXT, Source, Tokens, Windows
 from nanoglm.train.fit import fit
 from nanoglm.train.parallel import Ranks, gathered, parallelise

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-SYLLABLES = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+SYLLABLES = _words(
     "ba be bi bo da de di do fa fe fi ga go ha he ja jo ka ke ki ko la le li lo ma me mi mo mu na ne ni no pa pe po ra "
     "re ri ro ru sa se si so su ta te ti to tu va ve vi wa we wi za zo"
-).split()
-NAMES = "Ada Ben Clara David Emma Felix Grace Hugo Ida Jonas Karl Lena Maria Nora Oscar Paul Rosa Sam Tom Vera".split()
-CITIES = (
+)
+NAMES = _words("Ada Ben Clara David Emma Felix Grace Hugo Ida Jonas Karl Lena Maria Nora Oscar Paul Rosa Sam Tom Vera")
+CITIES = _words(
     "Paris London Rome Berlin Madrid Oslo Vienna Tokyo Cairo Lima Boston Delhi Prague Lisbon Dublin Athens Bern Seoul "
     "Moscow Sydney"
-).split()
-MONTHS = "January February March April May June July August September October November December".split()
-ADJECTIVES = "red blue green old new small big white black golden round long north south wooden broken".split()
-NOUNS = "door box gate ship house boat car room garden shop tower bridge train key lamp book chest island".split()
+)
+MONTHS = _words("January February March April May June July August September October November December")
+ADJECTIVES = _words("red blue green old new small big white black golden round long north south wooden broken")
+NOUNS = _words("door box gate ship house boat car room garden shop tower bridge train key lamp book chest island")
 FACTS = {  # attributes and what their values are
     "code": "number", "number": "number", "price": "number", "weight": "number", "owner": "name", "builder": "name",
     "name": "name", "password": "word", "secret word": "word", "birthday": "day", "opening day": "day",
@@ -64,12 +69,12 @@ TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     ),
 }  # fmt: skip
 
-_WHO = "farmer king girl boy baker doctor fox dog cat horse bird teacher sailor soldier painter uncle sister child".split()
-_LIKE = "tired happy young quiet clever hungry tall proud lonely gentle busy careful".split()
-_DID = "walked ran looked came slept sang waited worked danced stood rested played".split()
-_HOW = "slowly quickly often quietly happily alone again early late together".split()
-_WHERE = "river hill market forest field mill lake church harbour village mountain road station valley wall tree".split()
-_THINGS = "apples coins letters stones birds bottles chairs flowers hats eggs ropes candles".split()
+_WHO = _words("farmer king girl boy baker doctor fox dog cat horse bird teacher sailor soldier painter aunt child")
+_LIKE = _words("tired happy young quiet clever hungry tall proud lonely gentle busy careful")
+_DID = _words("walked ran looked came slept sang waited worked danced stood rested played")
+_HOW = _words("slowly quickly often quietly happily alone again early late together")
+_WHERE = _words("river hill market forest field mill lake church harbour village mountain road station valley tree")
+_THINGS = _words("apples coins letters stones birds bottles chairs flowers hats eggs ropes candles")
 _WHEN = ("In the morning", "At night", "Yesterday", "After dinner", "In winter", "Long ago", "Before sunrise", "Later")
 
 
