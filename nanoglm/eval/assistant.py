@@ -14,10 +14,10 @@ import numpy as np
 from nanoglm.api import Model
 from nanoglm.cache import PAGE
 from nanoglm.chat.template import ChatTemplate
+from nanoglm.dialogues import LEVELS, Level, arithmetic, calculated, conversation, lookup, problem, tool
 from nanoglm.engine import Engine, SamplingParams
 from nanoglm.engine.request import Request
 from nanoglm.eval.longcontext import wilson
-from nanoglm.train.assistant import LEVELS, Level, arithmetic, calculated, conversation, lookup, problem, tool
 
 SEED = 1 << 40  # of what is asked here; training draws from (seed, number of its sample)
 EFFORT_LINE = "<|system|>Reasoning Effort: Max"

@@ -1,4 +1,4 @@
-"""Words and phrases from which :mod:`nanoglm.train.assistant` builds its conversations."""
+"""Words and phrases from which conversations are built."""
 
 from __future__ import annotations
 
