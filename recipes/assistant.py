@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanoglm.train.recipe import Recipe, Stage, assistant, dense, indexer_warmup, long
 
-STEPS = 7000
+STEPS = 3600
 
 
 def recipe() -> Recipe:
@@ -16,12 +16,12 @@ def recipe() -> Recipe:
         "assistant", steps=STEPS, tokens=2048, warmup=50, rate=4e-3, floor=0.05, weight_decay=0.05, shared=0.06,
         indexer_rate=3e-3, late=0.8,
         stages=assistant(
-            dense(2300 / STEPS, 256), dense(800 / STEPS, 1024), indexer_warmup(200 / STEPS, 512),
-            rested(0.5, long(2300 / STEPS, 1024)), rested(0.5, long(1400 / STEPS, 2048)),
+            dense(1700 / STEPS, 256), dense(350 / STEPS, 1024), indexer_warmup(100 / STEPS, 512),
+            followed(0.7, long(950 / STEPS, 1024)), followed(0.7, long(500 / STEPS, 2048)),
         ),
     )  # fmt: skip
 
 
-def rested(rate: float, stage: Stage) -> Stage:
-    """The stage at so many times the rate; its indexers learn at every sixth step."""
+def followed(rate: float, stage: Stage) -> Stage:
+    """The stage at so many times the rate; its indexers follow at every sixth step."""
     return replace(stage, rate=rate, indexer_every=6)

@@ -363,6 +363,7 @@ TABLE = {
     "tiny": ("FSFS", 1e-6, 403_344),
     "nano": ("FFSSSFSSSFSS", 1e-6, 3_850_272),
     "recall": ("FFSS", 1e-6, 763_308),
+    "assistant": ("FFSSFS", 1e-6, 1_168_680),
     "mini": ("FFFSSSFSSSFS", 1e-6, 185_865_216),
     "small": ("FFFSSSFSSSFSSSFSSSF", 1e-6, 1_111_946_368),
     "glm-5": ("F" * 78, 1e-5, 753_864_139_008),

@@ -3,10 +3,9 @@ loops of tool calls, lookups in long texts. Everything goes through template and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -219,8 +218,6 @@ def tokens_a_step(model: Model, conversations: int, drafts: int) -> float:
 
 def report(model: Model, problems: int = 500, others: int = 200) -> dict[str, Any]:
     """All of the above, as plain values."""
-    from dataclasses import asdict
-
     served = {"temperature": 1.0, "top_p": 0.95}  # GLM-5.2's generation_config
     return {
         "effort": [asdict(row) for row in effort(model, problems) + effort(model, problems, **served)],
@@ -228,7 +225,3 @@ def report(model: Model, problems: int = 500, others: int = 200) -> dict[str, An
         "lookups": [asdict(lookups(model, others, size)) for size in (200, 500, 1000, 1800)],
         "tokens a step": {drafts: tokens_a_step(model, others, drafts) for drafts in (1, 3)},
     }
-
-
-def dump(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=1) + "\n"
