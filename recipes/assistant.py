@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanoglm.train.recipe import Recipe, Stage, assistant, dense, indexer_warmup, long
 
-STEPS = 3600
+STEPS = 5060
 
 
 def recipe() -> Recipe:
@@ -16,12 +16,12 @@ def recipe() -> Recipe:
         "assistant", steps=STEPS, tokens=2048, warmup=50, rate=4e-3, floor=0.05, weight_decay=0.05, shared=0.06,
         indexer_rate=3e-3, late=0.8,
         stages=assistant(
-            dense(1700 / STEPS, 256), dense(350 / STEPS, 1024), indexer_warmup(100 / STEPS, 512),
-            followed(0.7, long(950 / STEPS, 1024)), followed(0.7, long(500 / STEPS, 2048)),
+            dense(2700 / STEPS, 256), at(1.8, dense(850 / STEPS, 1024)), indexer_warmup(110 / STEPS, 512),
+            at(1.2, long(850 / STEPS, 1024)), at(1.2, long(550 / STEPS, 2048)),
         ),
     )  # fmt: skip
 
 
-def followed(rate: float, stage: Stage) -> Stage:
-    """The stage at so many times the rate; its indexers follow at every sixth step."""
-    return replace(stage, rate=rate, indexer_every=6)
+def at(rate: float, stage: Stage) -> Stage:
+    """The stage at so many times the rate; its indexers, where they do not rest, learn at every sixth step."""
+    return replace(stage, rate=rate, indexer_every=6 * (stage.indexer_every > 0))

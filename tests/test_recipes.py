@@ -27,7 +27,7 @@ LADDER = run_path(str(FOLDER / "mtp_ladder.py"))
 SENTENCE = "It was a dark evening in November, and the lamps had been lit an hour. "
 
 
-@pytest.mark.parametrize("name", ["nano", "recall", "indexcache", "shakespeare", "sft"])
+@pytest.mark.parametrize("name", ["nano", "recall", "indexcache", "shakespeare", "sft", "assistant"])
 def test_a_recipe_is_one(name: str) -> None:
     recipe = run_path(str(FOLDER / f"{name}.py"))["recipe"]()
     assert isinstance(recipe, Recipe)

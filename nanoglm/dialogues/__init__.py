@@ -27,7 +27,7 @@ def conversation(rng: np.random.Generator, length: int = 2048, kind: Kind | None
     kinds: list[Kind] = [name for name in SHARES if name != "tools" or length >= TOOLS_FIT]
     shares = np.array([SHARES[name] for name in kinds])
     kind = kind or kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
-    level: Level = LEVELS[int(rng.choice(3, p=[0.3, 0.35, 0.35] if kind == "arithmetic" else [0.5, 0.25, 0.25]))]
+    level: Level = LEVELS[int(rng.choice(3, p=[0.15, 0.35, 0.5] if kind == "arithmetic" else [0.5, 0.25, 0.25]))]
     turns = int(rng.integers(1, 5)) if level == "off" else int(rng.choice([1, 2], p=[0.85, 0.15]))
     found: dict[str, Any] = {"messages": [], "enable_thinking": level != "off"}
     if level == "high":

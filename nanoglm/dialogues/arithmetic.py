@@ -81,7 +81,7 @@ def problem(rng: np.random.Generator, terms: int | None = None, held_out: bool =
     """
     while True:
         count = terms or int(rng.choice([2, 3, 4, 5], p=[0.35, 0.3, 0.2, 0.15]))
-        numbers = [number(rng, int(rng.choice([1, 2, 3], p=[0.2, 0.6, 0.2]))) for _ in range(count)]
+        numbers = [number(rng, int(rng.choice([1, 2, 3], p=[0.25, 0.65, 0.1]))) for _ in range(count)]
         signs = [str(sign) for sign in rng.choice(["+", "-"], count - 1, p=[0.55, 0.45])]
         if rng.random() < 0.25:
             i = int(rng.integers(count - 1))
