@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nanoglm.train.recipe import Recipe, Stage, assistant, dense, indexer_warmup, long
 
-STEPS = 5060
+STEPS = 6200
 
 
 def recipe() -> Recipe:
@@ -17,11 +17,11 @@ def recipe() -> Recipe:
         indexer_rate=3e-3, late=0.8,
         stages=assistant(
             dense(2700 / STEPS, 256), at(1.8, dense(850 / STEPS, 1024)), indexer_warmup(110 / STEPS, 512),
-            at(1.2, long(850 / STEPS, 1024)), at(1.2, long(550 / STEPS, 2048)),
+            at(0.9, long(640 / STEPS, 1024)), at(0.9, long(1900 / STEPS, 2048)),
         ),
     )  # fmt: skip
 
 
 def at(rate: float, stage: Stage) -> Stage:
-    """The stage at so many times the rate; its indexers, where they do not rest, learn at every sixth step."""
-    return replace(stage, rate=rate, indexer_every=6 * (stage.indexer_every > 0))
+    """The stage at so many times the rate; its indexers, where they do not rest, learn at every fifth step."""
+    return replace(stage, rate=rate, indexer_every=5 * (stage.indexer_every > 0))

@@ -18,7 +18,7 @@ from nanoglm.dialogues.words import SYSTEM, TOOLS
 __all__ = ["LEVELS", "Level", "Problem", "arithmetic", "calculated", "conversation", "lookup", "problem", "tool"]
 
 Kind = Literal["arithmetic", "tools", "lookup", "talk"]
-SHARES: dict[Kind, float] = {"arithmetic": 0.5, "tools": 0.2, "lookup": 0.2, "talk": 0.1}
+SHARES: dict[Kind, float] = {"arithmetic": 0.64, "tools": 0.15, "lookup": 0.14, "talk": 0.07}
 TOOLS_FIT = 900  # tokens that the tool block and a call take
 
 

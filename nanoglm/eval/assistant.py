@@ -13,6 +13,7 @@ import numpy as np
 from nanoglm.api import Model
 from nanoglm.cache import PAGE
 from nanoglm.chat.template import ChatTemplate
+from nanoglm.chat.tokenizer import Tokenizer
 from nanoglm.dialogues import LEVELS, Level, arithmetic, calculated, conversation, lookup, problem, tool
 from nanoglm.engine import Engine, SamplingParams
 from nanoglm.engine.request import Request
@@ -59,17 +60,17 @@ def answers(
     ]
     while engine.busy:
         engine.step()
-    return [said(model, request, thinks) for request in requests]
+    return [said(model.tokenizer, request, thinks) for request in requests]
 
 
-def said(model: Model, request: Request, thinks: bool) -> Said:
+def said(tokenizer: Tokenizer, request: Request, thinks: bool) -> Said:
     """The parts of what a request generated."""
-    (close,) = model.tokenizer.encode("</think>")
+    (close,) = tokenizer.encode("</think>")
     ids = request.outputs
     thought = (ids.index(close) if close in ids else len(ids)) if thinks else 0
-    text = model.tokenizer.decode(ids[thought + 1 :] if thinks else ids)
+    text = tokenizer.decode(ids[thought + 1 :] if thinks else ids)
     content, *parts = text.split("<tool_call>")
-    return Said(thought, model.tokenizer.decode(ids[:thought]), content.strip(), tuple(map(_call, parts)), request)
+    return Said(thought, tokenizer.decode(ids[:thought]), content.strip(), tuple(map(_call, parts)), request)
 
 
 def _call(text: str) -> tuple[str, dict[str, str]]:

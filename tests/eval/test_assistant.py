@@ -14,7 +14,16 @@ from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.engine.params import SamplingParams
 from nanoglm.engine.request import Request
 from nanoglm.eval.assistant import (
-    SWITCHES, answers, effort, last_number, lookups, said, tokens_a_step, tool_loops, value_of, without,
+    SWITCHES,
+    answers,
+    effort,
+    last_number,
+    lookups,
+    said,
+    tokens_a_step,
+    tool_loops,
+    value_of,
+    without,
 )  # fmt: skip
 
 BUNDLED = Path(nanoglm.__file__).parent / "assets" / "assistant"
@@ -32,20 +41,20 @@ def generated(text: str) -> Request:
 
 # ------------------------------------------------------------------------------- counting
 def test_an_answer_falls_into_its_parts() -> None:
-    one = said(Model(None, TOKENIZER), generated("7+5=12</think>The answer is 12."), thinks=True)  # type: ignore[arg-type]
+    one = said(TOKENIZER, generated("7+5=12</think>The answer is 12."), thinks=True)
     assert (one.thought, one.thinking, one.content, one.calls) == (6, "7+5=12", "The answer is 12.", ())
     call = "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
-    two = said(Model(None, TOKENIZER), generated(call), thinks=False)  # type: ignore[arg-type]
+    two = said(TOKENIZER, generated(call), thinks=False)
     assert (two.thought, two.content, two.calls) == (0, "", (("f", {"a": "1"}),))
 
 
 @pytest.mark.parametrize("text", ["<tool_call>f<arg_key>a</arg_key>", "<tool_call>f", "<tool_call></tool_call>"])
 def test_a_broken_call_is_none(text: str) -> None:
-    assert said(Model(None, TOKENIZER), generated(text), thinks=False).calls == (("", {}),)  # type: ignore[arg-type]
+    assert said(TOKENIZER, generated(text), thinks=False).calls == (("", {}),)
 
 
 def test_an_unfinished_thought_counts_and_answers_nothing() -> None:
-    one = said(Model(None, TOKENIZER), generated("7+5"), thinks=True)  # type: ignore[arg-type]
+    one = said(TOKENIZER, generated("7+5"), thinks=True)
     assert (one.thought, one.content) == (3, "") and last_number(one.content) is None
 
 
