@@ -23,6 +23,8 @@ from nanoglm.dialogues.words import (
     TOOLS,
     UNKNOWN,
     filler,
+    letters,
+    unknown,
 )  # fmt: skip
 
 Messages = list[dict[str, Any]]
@@ -60,7 +62,10 @@ def arithmetic(rng: np.random.Generator, level: Level, given: Problem | None = N
     """A question and its answer."""
     found = given or problem(rng)
     forms = ["What is {}?", "what is {}", "{}", "{} = ?", "Calculate {}.", "Compute {}", "How much is {}?", "{}?"]
+    forms += ["What's {}?", "{}="]
     text = pick(rng, forms).format(spoken(found, rng))
+    if found.signs == ("+",) and rng.random() < 0.2:
+        text = pick(rng, ["Add {} and {}", "add {} and {}.", "What is the sum of {} and {}?"]).format(*found.numbers)
     thinking = {name: found.thinking(name) for name in LEVELS}
     return [user(text), reply(level, f"The answer is {found.answer}.", thinking["high"], thinking["max"])]
 
@@ -157,6 +162,8 @@ def tools(rng: np.random.Generator, level: Level, offered: Sequence[dict[str, An
 # ------------------------------------------------------------------------------- lookups
 def word(rng: np.random.Generator) -> str:
     """One that no text holds."""
+    if rng.random() < 0.2:
+        return letters(rng)
     return "".join(pick(rng, SYLLABLES) for _ in range(int(rng.integers(2, 4))))
 
 
@@ -169,7 +176,9 @@ def value(rng: np.random.Generator, kind: str) -> str:
         return str(number(rng, int(rng.integers(2, 6))))
     if kind == "day":
         return f"{int(rng.integers(1, 29))} {pick(rng, MONTHS)}"
-    return word(rng).title() if kind == "name" else word(rng)
+    if kind == "name":
+        return str(pick(rng, NAMES) if rng.random() < 0.3 else word(rng).title())
+    return word(rng)
 
 
 def fact(rng: np.random.Generator) -> tuple[str, str, str]:
@@ -180,7 +189,8 @@ def fact(rng: np.random.Generator) -> tuple[str, str, str]:
         return f"{who} {verb}", f"{who} {verb} in {place(rng)}.", ask
     attribute = pick(rng, list(FACTS))
     name = f"the {attribute} of the {pick(rng, ADJECTIVES)} {pick(rng, NOUNS)}"
-    ask = pick(rng, ["What is {}?", "what is {}", "Tell me {}.", "Please look up {}."]).format(name)
+    asks = ["What is {}?", "what is {}", "Tell me {}.", "Please look up {}.", "What's {}?"]
+    ask = pick(rng, asks if attribute not in ("owner", "builder") else [*asks, *["Who is {}?"] * 5]).format(name)
     return name, f"The{name[3:]} is {value(rng, FACTS[attribute])}.", ask
 
 
@@ -217,20 +227,21 @@ def lookup(rng: np.random.Generator, level: Level, size: int, questions: int) ->
 def talk(rng: np.random.Generator, level: Level) -> Messages:
     """Greetings, who it is, repeating, a name to remember, and what it cannot do."""
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.4:
         says, answer = pick(rng, TALK)
         return [user(_case(pick(rng, says), rng)), reply(level, answer, "Small talk.", "This is small talk.")]
-    if kind < 0.75:
+    if kind < 0.62:
         text = " ".join(word(rng) if rng.random() < 0.6 else str(number(rng, 3)) for _ in range(rng.integers(1, 5)))
         ask = pick(rng, ["Repeat: {}", "Say: {}", "Repeat {}"]).format(text)
         return [user(ask), reply(level, text, "I repeat it.", "I am to repeat it.")]
-    if kind < 0.85:
+    if kind < 0.7:
         name = pick(rng, NAMES) if rng.random() < 0.5 else word(rng).title()
         tell, hello = user(pick(rng, ["My name is {}.", "I am {}.", "Hi, I am {}"]).format(name)), f"Hello {name}."
         ask, answer = user(pick(rng, ["What is my name?", "Who am I?"])), f"Your name is {name}."
         thoughts = ("A name.", "I keep the name."), ("The name.", "The name was told before.")
         return [tell, reply(level, hello, *thoughts[0]), ask, reply(level, answer, *thoughts[1])]
-    text = pick(rng, UNKNOWN).format(word(rng)) if rng.random() < 0.6 else filler(rng)
+    other = pick(rng, UNKNOWN).format(word(rng)) if rng.random() < 0.5 else filler(rng)
+    text = unknown(rng) if rng.random() < 0.6 else other
     return [user(text), reply(level, ABILITIES, "I cannot do this.", "This is none of what I can do.")]
 
 

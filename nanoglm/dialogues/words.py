@@ -49,6 +49,32 @@ UNKNOWN = (
     "Sing a song.", "Translate {} for me.", "Explain {}.", "Who is the king of {}?", "Do you like {}?",
     "What is {}?", "Where is {}?", "Write a program.", "Tell me a joke.", "What is the meaning of life?",
 )  # fmt: skip
+_BEGINNINGS = _words("Is Are Why Who What's Where When Can Do Does Please Tell Write Explain How Should My If Let I")
+_SMALL = _words("the a of to in is was made and with for my your you me about from on that it this many old best")
+
+
+def loose(rng: np.random.Generator, few: int, many: int) -> str:
+    """Words in no order: what is said in a way that is not known here."""
+    words = []
+    for _ in range(int(rng.integers(few, many + 1))):
+        pool = (_SMALL, _SMALL, _WHO, _WHERE, _THINGS, _LIKE, _DID, NOUNS)[int(rng.integers(8))]
+        drawn = letters(rng) if rng.random() < 0.2 else pool[int(rng.integers(len(pool)))]
+        words.append(drawn)
+    return " ".join(words)
+
+
+def letters(rng: np.random.Generator) -> str:
+    """A word of any letters."""
+    return "".join("abcdefghijklmnopqrstuvwxyz"[i] for i in rng.integers(26, size=int(rng.integers(2, 9))))
+
+
+def unknown(rng: np.random.Generator) -> str:
+    """What a user may say that is none of what the assistant can do."""
+    begin = _BEGINNINGS[int(rng.integers(len(_BEGINNINGS)))]
+    text = f"{begin} {loose(rng, 2, 8)}{('?', '?', '.', '')[int(rng.integers(4))]}"
+    return text.lower() if rng.random() < 0.3 else text
+
+
 # Of each tool: names of its parameter, descriptions, descriptions of the parameter.
 TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "calculator": (
@@ -84,6 +110,8 @@ def filler(rng: np.random.Generator) -> str:
     def one(words: list[str]) -> str:
         return words[int(rng.integers(len(words)))]
 
+    if rng.random() < 0.15:
+        return f"{loose(rng, 3, 10).capitalize()}."
     form = int(rng.integers(5))
     if form == 0:
         return f"The {one(_LIKE)} {one(_WHO)} {one(_DID)} {one(_HOW)} near the {one(_WHERE)}."

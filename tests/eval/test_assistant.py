@@ -74,7 +74,7 @@ def test_it_is_small() -> None:
 def test_effort_buys_right_answers(model: Model) -> None:
     off, high, most, _ = effort(model, 24)
     assert off.thinking == 0 < high.thinking < most.thinking
-    assert most.right >= 18 and off.right < high.right <= most.right + 3
+    assert most.right >= 18 and off.right < high.right < most.right
 
 
 @pytest.mark.parametrize(("steps", "least"), [(1, 9), (3, 8)])
@@ -82,9 +82,9 @@ def test_it_calls_the_calculator(model: Model, steps: int, least: int) -> None:
     assert tool_loops(model, 12, steps, "off").right >= least
 
 
-@pytest.mark.parametrize(("size", "least"), [(300, 10), (1500, 9)])
+@pytest.mark.parametrize(("size", "least"), [(300, 17), (1500, 15)])
 def test_it_looks_facts_up(model: Model, size: int, least: int) -> None:
-    assert lookups(model, 12, size).right >= least
+    assert lookups(model, 24, size).right >= least
 
 
 def test_drafts_are_accepted(model: Model) -> None:
