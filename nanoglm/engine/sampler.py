@@ -16,6 +16,8 @@ from nanoglm import ops
 from nanoglm.engine.params import SamplingParams
 from nanoglm.errors import InputError
 
+LEAST = 1e-30  # of a temperature or top-p: what fp32 holds as 0 would make a distribution of nothing
+
 
 def adjust(logits_V: Tensor, params: SamplingParams, prompt: Sequence[int], outputs: Sequence[int]) -> Tensor:
     """fp32 logits [V] with bias, minimum length, mask and penalties; what must not come is -inf.
@@ -53,7 +55,7 @@ def best(logits_V: Tensor) -> int:
 def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """What is drawn from, fp32 [V] on the CPU: temperature above 0, then min-p, top-k and top-p of adjusted logits."""
     # The best logit becomes 0, so that a temperature near 0 divides nothing into infinity.
-    p_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1).cpu()
+    p_V = ((logits_V - logits_V.max()) / max(params.temperature, LEAST)).softmax(-1).cpu()
     if params.min_p:
         p_V = p_V.where(p_V >= params.min_p * p_V.max(), 0.0)
     if params.top_k is not None and params.top_k < p_V.numel():
@@ -62,7 +64,7 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         order = ops.top(p_V[None], p_V.numel())[0]
         before = p_V[order].cumsum(0) - p_V[order]
-        kept = order[before < params.top_p * p_V.sum()]  # those that are likelier do not make up as much
+        kept = order[before < max(params.top_p, LEAST) * p_V.sum()]  # those that are likelier do not make up as much
         p_V = torch.zeros_like(p_V).index_copy_(0, kept, p_V[kept])
     return p_V / p_V.sum()
 

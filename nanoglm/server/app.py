@@ -88,7 +88,7 @@ def create_app(
         strict_content_type=False, responses=REFUSALS,
         middleware=[Middleware(Door, key=key, most=most_bytes, free=free, patience=patience)],
     )  # fmt: skip
-    for error in (NanoglmError, NotFound, Overloaded, ShuttingDown, TimeoutError, Exception):
+    for error in (NanoglmError, NotFound, Overloaded, ShuttingDown, TimeoutError, RecursionError, Exception):
         app.add_exception_handler(error, on_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)

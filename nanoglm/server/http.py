@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import Field
+from pydantic import Field, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,7 +47,7 @@ def dumps(content: Any) -> str:
 # Lists that are refused with their first bad item: a million of them would take seconds and gigabytes to report.
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
-Ids = Annotated[list[int], Field(fail_fast=True)]
+Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
 
 
 class _Strict(Request):
@@ -98,7 +98,8 @@ WORDS = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": _BODY}}} for status, text in WORDS.items()
 }
-STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {"type": "object", "required": ["data"], "properties": {k: {"type": "string"} for k in ("event", "data")}}
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def failure(path: str, status: int, message: str, param: str | None = None) -> JSON:

@@ -104,8 +104,12 @@ class CompletionRequest(Sampling):
 
 def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """The JSON schema that a reply is to have, in either place where clients put it."""
-    kind = None if response_format is None else response_format.get("type")
-    if response_format is None or kind == "text":
+    if response_format is None:
+        return None
+    if not isinstance(response_format, Mapping):
+        raise InputError(f"response format is {response_format!r}; expected an object with a type")
+    kind = response_format.get("type")
+    if kind == "text":
         return None
     if kind == "json_object":
         return {"type": "object"}

@@ -251,9 +251,9 @@ class Service:
         """
         if self._draining:
             raise ShuttingDown
-        each = [job for job in jobs for _ in range(job.n)]
-        if any(job.n < 1 for job in jobs) or len(each) > MOST_REPLIES * len(jobs):
+        if not all(1 <= job.n <= MOST_REPLIES for job in jobs):
             raise InputError(f"n is {jobs[0].n}; expected 1 to {MOST_REPLIES}")
+        each = [job for job in jobs for _ in range(job.n)]
         if len(each) > self._most:
             raise InputError(f"request asks for {len(each)} replies; expected at most {self._most}")
         if self._busy + len(each) > self._most:
