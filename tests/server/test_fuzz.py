@@ -1,4 +1,4 @@
-"""Requests that no client should send: none fails the server, hangs it, leaks a page or changes what others are told."""
+"""Requests that no client should send: none fails the server, hangs it, leaks a page or changes others' answers."""
 
 from __future__ import annotations
 
