@@ -15,6 +15,7 @@ from nanoglm.errors import InputError
 DEEPEST = 64  # schemas within each other
 MOST_SCHEMAS = 10_000  # in one
 MOST_PROPERTIES = 1000  # of one object: as each may be left out, a grammar grows with their square
+MOST_CHOICES = 10_000  # of an enum
 MOST_PATTERNS = 16  # that may have to hold together: the time to compile them doubles with each
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -58,6 +59,8 @@ def _check(schema: Any, where: str) -> None:
         check(name, isinstance(schema.get(name, ""), str), "text")
     required = schema.get("required", [])
     check("required", isinstance(required, list) and all(isinstance(r, str) for r in required), "a list of names")
+    if len(schema.get("enum", ())) > MOST_CHOICES:
+        raise InputError(f"{where}.enum has {len(schema['enum'])} values; expected at most {MOST_CHOICES}")
     if max(len(schema.get("properties", {})), len(required)) > MOST_PROPERTIES:
         raise InputError(f"{where} has more than {MOST_PROPERTIES} properties; expected fewer")
 

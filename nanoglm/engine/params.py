@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanoglm.errors import InputError
 
+MOST_BIAS = 1e6  # logits stay finite in fp32: one request's infinity would end the step of all
 Mask = Callable[[Sequence[int]], Tensor | None]  # of the tokens so far: bool [V], what may follow; None: anything
 
 
@@ -58,9 +59,9 @@ class SamplingParams:
         check("temperature", 0 <= self.temperature < math.inf, "a number, 0 or more")
         check("top_k", self.top_k is None or self.top_k >= 1, "at least 1")
         check("seed", 0 <= self.seed < 2**64, "0 to 2**64 - 1")
-        check("logit_bias", all(math.isfinite(b) for b in self.logit_bias.values()), "finite numbers")
+        check("logit_bias", all(abs(b) <= MOST_BIAS for b in self.logit_bias.values()), f"at most {MOST_BIAS:g} each")
         check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens ({self.max_tokens})")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0")
+        check("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "0.001 to 1000")
         for name in ("frequency_penalty", "presence_penalty"):
             check(name, -2 <= getattr(self, name) <= 2, "-2 to 2")
         check("min_p", 0 <= self.min_p <= 1, "0 to 1")

@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -214,6 +214,18 @@ async def collect(service: Service, replies: Sequence[Reply]) -> list[list[Piece
     return found
 
 
+class _Stream(StreamingResponse):
+    """A stream that ends what feeds it however it ends itself: left to be collected, that would go on for a while."""
+
+    def __init__(self, body: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(body, media_type="text/event-stream", headers=headers)
+        self._body = body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._body):
+            await super().__call__(scope, receive, send)
+
+
 Event = tuple[str | None, Mapping[str, Any] | str]  # its name, if the interface has names, and its data
 
 
@@ -236,7 +248,7 @@ async def stream(
             async for piece in pieces:
                 yield piece
 
-    async def body() -> AsyncIterator[bytes]:
+    async def body() -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(again()) as them, aclosing(events(them)) as found:
                 async for event in found:
@@ -245,7 +257,7 @@ async def stream(
             yield _frame(failed(*status_of(error)))
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+    return _Stream(body(), headers)
 
 
 def _frame(event: Event) -> bytes:
@@ -310,8 +322,9 @@ class Door:
 
     def _knows(self, headers: Mapping[str, str]) -> bool:
         assert self._key is not None
-        given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
-        return hmac.compare_digest(given.encode(), self._key.encode())
+        given = headers.get("authorization", "")
+        given = (given[7:] if given[:7].lower() == "bearer " else given) or headers.get("x-api-key", "")
+        return hmac.compare_digest(given.encode("latin-1"), self._key.encode())
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         await failure(scope["path"], 413, f"body is too large; expected at most {self._most} bytes")(

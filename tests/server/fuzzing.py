@@ -138,8 +138,12 @@ class Answer:
     body: bytes = b""
 
 
-async def ask(app: Any, sent: Sent) -> Answer:
-    """Over ASGI itself, so that nothing mends the request on its way."""
+async def ask(app: Any, sent: Sent, left: asyncio.Event | None = None) -> Answer:
+    """Over ASGI itself, so that nothing mends the request on its way.
+
+    Args:
+        left: the client goes away when this is set.
+    """
     answer, done = Answer(), asyncio.Event()
     path, _, query = sent.path.partition("?")
     half = len(sent.content) // 2
@@ -153,7 +157,7 @@ async def ask(app: Any, sent: Sent) -> Answer:
             return {"type": "http.disconnect"}
         if parts:
             return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
-        await done.wait()
+        await (done if left is None else left).wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Mapping[str, Any]) -> None:
@@ -175,7 +179,7 @@ async def ask(app: Any, sent: Sent) -> Answer:
         "server": ("127.0.0.1", 80), "state": {},
     }  # fmt: skip
     await asyncio.wait_for(app(scope, receive, send), PATIENCE)
-    assert sent.cut or done.is_set(), "the answer has no end"
+    assert sent.cut or left or done.is_set(), "the answer has no end"
     return answer
 
 
