@@ -9,12 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schemas_drawn import schemas
+from schemas_drawn import is_valid, schemas
 
 from nanoglm.chat.constraint import Constraint, Grammar, Grammars
 from nanoglm.chat.parser import Parser
@@ -288,7 +287,7 @@ def test_the_way_out_is_found(kind: str, schema: Any, most: int) -> None:
     grammar = grammars(kind).json(schema)
     way = grammar.way_out(grammar.matcher, most)
     assert way is not None
-    assert jsonschema_rs.is_valid(schema, json.loads(grammars(kind).tokenizer.decode(way)))
+    assert is_valid(schema, json.loads(grammars(kind).tokenizer.decode(way)))
 
 
 def test_too_few_tokens_for_any_reply() -> None:
@@ -380,6 +379,6 @@ def test_replies_close_in_time_and_are_of_the_schema(kind: str, data: st.DataObj
     if reply[:1] == [found.token("<tool_call>")] and form != "json":
         calls = read(found, tools, reply)
         assert len(calls) == 1 or several
-        assert all(jsonschema_rs.is_valid(schema if name == "f" else {"maxProperties": 0}, it) for name, it in calls)
+        assert all(is_valid(schema if name == "f" else {"maxProperties": 0}, it) for name, it in calls)
     else:
-        assert jsonschema_rs.is_valid(schema, json.loads(found.tokenizer.decode(reply)))
+        assert is_valid(schema, json.loads(found.tokenizer.decode(reply)))

@@ -37,9 +37,9 @@ class Live:
         """Of a chain."""
         return self.service.engine.engine.most_drafts
 
-    def says(self, replies: Mapping[str, str], pause: float = 0.0, spelled: bool = False) -> None:
-        """What a scripted server says from now on, by the text that the prompt names last."""
-        self.script.replies, self.script.pause, self.script.spelled = dict(replies), pause, spelled
+    def says(self, replies: Mapping[str, str | Sequence[str]], pause: float = 0.0) -> None:
+        """What a scripted server says from now on, see :class:`Script`."""
+        self.script.replies, self.script.pause = dict(replies), pause
 
     def ids(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **switches: Any) -> list[int]:
         """A conversation's prompt."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,13 +37,15 @@ END, USER, OBSERVATION = (TOKENIZER.encode(t)[0] for t in ("<|endoftext|>", "<|u
 class Script:
     """What is said, by the text that the prompt names last.
 
+    Args:
+        replies: each a text, or several of which the second, fourth and so on are plain: markup in them is spelled.
+
     Attributes:
-        pause: seconds that a step takes longer. spelled: whether markup in a reply is spelled out, in bytes.
-        prompts: those that came.
+        pause: seconds that a step takes longer. prompts: those that came.
     """
 
-    def __init__(self, replies: Mapping[str, str], pause: float = 0.0, spelled: bool = False) -> None:
-        self.replies, self.pause, self.spelled, self.prompts = dict(replies), pause, spelled, list[str]()
+    def __init__(self, replies: Mapping[str, str | Sequence[str]], pause: float = 0.0) -> None:
+        self.replies, self.pause, self.prompts = dict(replies), pause, list[str]()
         self._known = WeakKeyDictionary[Request, list[int]]()
 
     def tokens(self, request: Request) -> list[int]:
@@ -52,13 +55,14 @@ class Script:
             self.prompts.append(prompt)
             asked = max((k for k in self.replies if k in prompt), key=prompt.rindex, default=None)
             reply = "" if asked is None else self.replies[asked]
-            end = OBSERVATION if reply.endswith("</tool_call>") else USER
-            ids = TOKENIZER.encode_plain(reply) if self.spelled else TOKENIZER.encode(reply)
-            self._known[request] = [*ids, end]
+            parts = [reply] if isinstance(reply, str) else list(reply)
+            ids = [(TOKENIZER.encode_plain if i % 2 else TOKENIZER.encode)(part) for i, part in enumerate(parts)]
+            end = OBSERVATION if parts[-1].endswith("</tool_call>") else USER
+            self._known[request] = [*chain(*ids), end]
         return self._known[request]
 
 
-def call(name: str, **arguments: Any) -> str:
+def call(name: str, /, **arguments: Any) -> str:
     """A call as the model writes it."""
     pairs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
     inner = "".join(f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in pairs.items())

@@ -13,7 +13,10 @@ import pydantic
 import pytest
 import torch
 from server.conftest import Live
-from server.scripted import TOKENIZER, call
+from server.scripted import TOKENIZER, call, serving
+
+from nanoglm.engine import SamplingParams, generate
+from nanoglm.server.run import make_service
 
 PARAMETERS = {
     "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"],
@@ -284,7 +287,7 @@ def test_markup_within_json_stays_text(scripted: Live, hear: Hear) -> None:
     """A grammar's strings are spelled in bytes, also where they spell a tag."""
     schema = {"type": "object", "properties": {"html": {"type": "string"}}, "required": ["html"]}
     said = json.dumps({"html": "a<think>b</think>c<tool_call>now</tool_call>"})
-    scripted.says({"Plan": said}, spelled=True)
+    scripted.says({"Plan": ["", said]})
     form = {"type": "json_schema", "json_schema": {"name": "page", "schema": schema}}
     heard = hear(scripted, "Plan", response_format=form, reasoning_effort="none")
     assert heard.content == said and heard.reasoning is None
@@ -297,7 +300,7 @@ def test_markup_within_json_stays_text(scripted: Live, hear: Hear) -> None:
 def test_logprobs_are_the_models(random: Live, hear: Hear) -> None:
     messages = [user("Say something.")]
     options = {"temperature": 0.7, "seed": 5, "max_tokens": 12, "logprobs": True, "top_logprobs": 4}
-    heard = hear(random, messages, extra_body={"top_k": 30}, **options)
+    heard = hear(random, messages, extra_body={"top_k": 30, "min_tokens": 12}, **options)
     prompt = random.ids(messages)
     ids = [BY_BYTES[bytes(each.bytes)] for each in heard.logprobs]
     assert len(ids) == heard.usage.completion_tokens == 12
@@ -316,7 +319,7 @@ BY_BYTES = {TOKENIZER.token_bytes(i, skip_special=False): i for i in range(TOKEN
 
 def test_logprobs_without_and_with_all(random: Live) -> None:
     assert whole(random, "Hi", max_tokens=3).logprobs == []
-    heard = whole(random, "Hi", max_tokens=3, logprobs=True)
+    heard = whole(random, "Hi", max_tokens=3, logprobs=True, extra_body={"min_tokens": 3})
     assert len(heard.logprobs) == 3 and all(each.top_logprobs == [] for each in heard.logprobs)
     heard = whole(random, "Hi", max_tokens=2, logprobs=True, top_logprobs=20)
     for each in heard.logprobs:
@@ -341,6 +344,7 @@ def test_seeds(random: Live) -> None:
 
 def test_n_as_a_stream(random: Live) -> None:
     options: dict[str, Any] = {"model": "tiny", "messages": [user("Hi")], "max_tokens": 9, "seed": 3, "n": 3}
+    options["extra_body"] = {"min_tokens": 9}
     texts, ends = {0: "", 1: "", 2: ""}, list[int]()
     for chunk in random.openai.chat.completions.create(stream=True, reasoning_effort="none", **options):
         (choice,) = chunk.choices
@@ -494,6 +498,18 @@ def test_who_hangs_up_ends_the_request(scripted: Live) -> None:
     with pytest.raises(openai.APITimeoutError):
         scripted.openai.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=[user("Go")])
     scripted.quiet()
+
+
+def test_the_bundled_model() -> None:
+    """As many drafts as pay: its greedy text is the plain loop's."""
+    service, messages = make_service(None, memory="300MB"), [user("Tell me of the sea.")]
+    with serving(service) as url:
+        made = openai.OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
+            model=service.names[0], messages=messages, max_tokens=24, temperature=0, reasoning_effort="none"
+        )
+    prompt, stops = service.prompt(messages, None, effort="none"), service.model.config.eos_token_id
+    expected = generate(service.model.module, prompt, SamplingParams(max_tokens=24, stop_ids=stops))
+    assert made.choices[0].message.content == service.tokenizer.decode(expected).lstrip()
 
 
 # ---------------------------------------------------------------------------------- completions
