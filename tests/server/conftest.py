@@ -62,10 +62,10 @@ class Live:
 
 @contextmanager
 def live(
-    drafts: int, script: Script | None, key: str | None = None, most_bytes: int = 2**22, **options: Any
+    drafts: int, script: Script | None, layers: int = 2, key: str | None = None, most_bytes: int = 2**22, **options: Any
 ) -> Iterator[Live]:
     """A server with ``drafts``; ``options`` are of the service."""
-    model = scripted_model()
+    model = scripted_model(layers)
     engine = (
         Engine(model.module, pages=256, drafts=drafts) if script is None else scripted_engine(model, script, drafts)
     )
@@ -91,7 +91,7 @@ def random(request: pytest.FixtureRequest) -> Iterator[Live]:
 @pytest.fixture(scope="session")
 def strict() -> Iterator[Live]:
     """Scripted, wants a key, takes one request at a time and small bodies."""
-    with live(0, Script({}), "secret", 4000, most=1) as found:
+    with live(0, Script({}), key="secret", most_bytes=4000, most=1) as found:
         yield found
 
 
@@ -99,5 +99,5 @@ def strict() -> Iterator[Live]:
 def live_server() -> Iterator[str]:
     """The address of one that says something to everything, a little slowly."""
     reply = "Let me think of it, for a while.</think>" + "It goes on and on, as the sea does. " * 80
-    with live(3, Script({"[gMASK]": reply}, 0.005)) as found:
+    with live(3, Script({"[gMASK]": reply}, 0.005), layers=4) as found:
         yield f"{found.url}/"

@@ -69,8 +69,12 @@ def call(name: str, /, **arguments: Any) -> str:
     return f"<tool_call>{name}{inner}</tool_call>"
 
 
-def scripted_model() -> Model:
-    config = GLMConfig.preset("tiny").replace(max_position_embeddings=8192, eos_token_id=(END, USER, OBSERVATION))
+def scripted_model(layers: int = 4) -> Model:
+    preset = GLMConfig.preset("tiny")
+    config = preset.replace(
+        max_position_embeddings=8192, eos_token_id=(END, USER, OBSERVATION), num_hidden_layers=layers,
+        indexer_types=preset.indexer_types[:layers], mlp_layer_types=preset.mlp_layer_types[:layers],
+    )  # fmt: skip
     return Model(GLM(config).initialise(0), TOKENIZER)
 
 

@@ -33,6 +33,14 @@ def calls(choice: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(function["name"], json.loads(function["arguments"])) for function in made]
 
 
+def form(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+def tool(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "do", "parameters": parameters}}
+
+
 # ---------------------------------------------------------------------------------- the border within a chain
 @pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_thought_its_end_and_a_call_in_one_verified_chain(scripted: Live, choice: Any) -> None:
@@ -62,26 +70,25 @@ def test_a_budget_and_a_grammar(scripted: Live, budget: int) -> None:
 
 def test_a_schema_behind_thought(scripted: Live) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a"]}
-    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
     for n in range(5):
         text = '{"a": 12, "b": "y"}'
         scripted.says({"Go": f"{'01234'[:n]}</think>{text}"})
-        found = ask(scripted, response_format=form)
+        found = ask(scripted, response_format=form(schema))
         assert found["message"]["content"] == text and found["finish_reason"] == "stop"
     # Braces in thought are thought.
     scripted.says({"Go": f'{{"a": "no"}}</think>{text}'})
-    found = ask(scripted, response_format=form)
+    found = ask(scripted, response_format=form(schema))
     assert found["message"]["reasoning_content"] == '{"a": "no"}' and found["message"]["content"] == text
 
 
 def test_a_schema_or_calls(scripted: Live) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": CITY}}
+    city = form(CITY)
     scripted.says({"Call": f"Hm.</think>{call('now')}", "Say": 'Hm.</think>{"city": "Rome"}', "Talk": "Hm.</think>So."})
-    assert calls(ask(scripted, "Call", tools=[NOW], response_format=form)) == [("now", {})]
-    assert ask(scripted, "Say", tools=[NOW], response_format=form)["message"]["content"] == '{"city": "Rome"}'
-    found = ask(scripted, "Talk", tools=[NOW], response_format=form, max_tokens=300)
+    assert calls(ask(scripted, "Call", tools=[NOW], response_format=city)) == [("now", {})]
+    assert ask(scripted, "Say", tools=[NOW], response_format=city)["message"]["content"] == '{"city": "Rome"}'
+    found = ask(scripted, "Talk", tools=[NOW], response_format=city, max_tokens=300)
     assert calls(found) or is_valid(CITY, json.loads(found["message"]["content"]))
-    found = ask(scripted, "Call", tools=[NOW], tool_choice="none", response_format=form, max_tokens=300)
+    found = ask(scripted, "Call", tools=[NOW], tool_choice="none", response_format=city, max_tokens=300)
     assert is_valid(CITY, json.loads(found["message"]["content"]))
 
 
@@ -93,14 +100,18 @@ TEXTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_string_values_of_any_characters(scripted: Live, text: str) -> None:
+@pytest.mark.parametrize("begin", range(0, len(TEXTS), 5))
+def test_string_values_of_any_characters(scripted: Live, begin: int) -> None:
     """Markup that a value spells is spelled by other tokens than markup."""
-    scripted.says({"Go": ["Hm.</think><tool_call>get_weather<arg_key>city</arg_key><arg_value>", text,
-                          "</arg_value></tool_call>"]})  # fmt: skip
-    found = ask(scripted, tools=[WEATHER], tool_choice=NAMED)
-    assert calls(found) == [("get_weather", {"city": text})]
-    assert found["message"]["reasoning_content"] == "Hm."
+    values = {f"x{i}": text for i, text in enumerate(TEXTS[begin : begin + 5])}
+    parameters = {"properties": dict.fromkeys(values, {"type": "string"}), "required": list(values)}
+    reply, before = list[str](), "Hm.</think><tool_call>do"
+    for name, text in values.items():
+        reply += [f"{before}<arg_key>{name}</arg_key><arg_value>", text]
+        before = "</arg_value>"
+    scripted.says({"Go": [*reply, "</arg_value></tool_call>"]})
+    found = ask(scripted, tools=[tool(parameters)], tool_choice="required")
+    assert calls(found) == [("do", values)] and found["message"]["reasoning_content"] == "Hm."
 
 
 @pytest.mark.parametrize(
@@ -129,19 +140,16 @@ def test_arguments_of_all_kinds(scripted: Live, arguments: dict[str, Any]) -> No
     }  # fmt: skip
     assert is_valid(parameters, arguments)
     scripted.says({"Go": f"</think>{call('do', **arguments)}"})
-    found = ask(scripted, tools=[{"type": "function", "function": {"name": "do", "parameters": parameters}}],
-                tool_choice="required", parallel_tool_calls=False)  # fmt: skip
+    found = ask(scripted, tools=[tool(parameters)], tool_choice="required", parallel_tool_calls=False)
     assert calls(found) == [("do", arguments)]
 
 
 # ---------------------------------------------------------------------------------- any schema, a random model
 def check(server: Live, schema: dict[str, Any], **asked: Any) -> None:
     """Of text, or of a call's arguments: what comes is of the schema, and it comes to its end."""
-    tools = [{"type": "function", "function": {"name": "do", "parameters": schema}}]
-    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
     several = asked.pop("several")
-    with_tools = {"tools": [*tools, NOW], "tool_choice": "required", "parallel_tool_calls": several}
-    for options in ({"response_format": form}, with_tools):
+    with_tools = {"tools": [tool(schema), NOW], "tool_choice": "required", "parallel_tool_calls": several}
+    for options in ({"response_format": form(schema)}, with_tools):
         body = {"messages": [{"role": "user", "content": "Go"}], "max_tokens": 300, **asked, **options}
         answer = server.http.post("/v1/chat/completions", json=body)
         if answer.status_code == 400:
@@ -191,8 +199,7 @@ def test_a_random_model_that_must_call(random: Live) -> None:
 def test_greedy_replies_do_not_depend_on_drafts(random: Live) -> None:
     """The mask is a function of what came; the plain server's replies are kept for the other one."""
     for seed, schema in enumerate((CITY, {"type": "array", "items": {"type": "integer"}}, {"type": "object"})):
-        form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-        found = ask(random, response_format=form, temperature=0, max_tokens=150, thinking_token_budget=5)
+        found = ask(random, response_format=form(schema), temperature=0, max_tokens=150, thinking_token_budget=5)
         said = found["message"]["reasoning_content"], found["message"]["content"]
         assert GREEDY.setdefault(seed, said) == said
 
@@ -212,11 +219,3 @@ def test_what_cannot_be_kept_to_is_a_bad_request(scripted: Live) -> None:
         body = {"messages": [{"role": "user", "content": "Go"}]} | options
         answer = scripted.http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
-
-
-def form(schema: Any) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
-
-
-def tool(parameters: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "do", "parameters": parameters}}
