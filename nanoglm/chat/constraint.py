@@ -42,8 +42,8 @@ MOST_STATES = 50_000  # of a grammar's lexer, of some kilobytes each; llguidance
 THINK, THINK_END, CALL = "<think>", "</think>", "<tool_call>"
 # Where there is a choice on the way out: what ends something, then what is short, then what patterns often ask for;
 # what opens something at last.
-_ENDS, _SHORT, _OPEN = b'}]"', b"01nft", b"[{"
-_ORDER = _ENDS + _SHORT + b"aA-@.:/_ #+," + bytes(range(32, 127)) + bytes(range(256))
+_ENDS, _SHORT, _OPEN = b'}]",', b"01nft", b"[{"
+_ORDER = _ENDS + _SHORT + b"aA-@.:/_ #+" + bytes(range(32, 127)) + bytes(range(256))
 _RUN, _FEW, _TRIES = 16, 8, 24  # so many in a row end nothing; choices that are few; walks
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -170,6 +170,7 @@ class _Values:
     def __init__(self, name: str, root: Schema, known: Mapping[str, Any]) -> None:
         self._name, self._root, self._known = name, root, known
         self.rules = list[str]()
+        self._texts = dict[int, tuple[Any, str]]()  # by schema: references lead to one on many ways, or in a circle
 
     def rule(self, schema: Any) -> str:
         """The name of a new rule for a schema's values."""
@@ -177,7 +178,7 @@ class _Values:
         if types == TYPES:
             return self._add("TEXT")
         if types <= {"string", "null"}:
-            return self._add(self._text(schema))
+            return self._text_rule(schema)
         inner = schema if isinstance(schema, Mapping) else {}
         return self._add(f"%json {json.dumps({**self._known, **inner, 'x-guidance': _STYLE})}")
 
@@ -185,6 +186,15 @@ class _Values:
         name = f"{self._name}_{len(self.rules)}"
         self.rules.append(f"{name.upper() if terminal else name}: {body}")
         return name.upper() if terminal else name
+
+    def _text_rule(self, schema: Any) -> str:
+        """The name of the rule of a schema that allows strings and null only."""
+        found = self._root.resolve(schema)
+        if id(found) not in self._texts:
+            place = len(self.rules)
+            self._texts[id(found)] = found, self._add("")
+            self.rules[place] += self._text(schema)
+        return self._texts[id(found)][1]
 
     def _text(self, schema: Any) -> str:
         """Of a schema that allows strings and null only."""
@@ -195,7 +205,7 @@ class _Values:
             return " | ".join(json.dumps(c if isinstance(c, str) else json.dumps(c)) for c in choices)
         for name in ("anyOf", "oneOf"):
             if parts := found.get(name):
-                return " | ".join(self._add(self._text(part)) for part in parts)
+                return " | ".join(map(self._text_rule, parts))
         if types == {"null"}:
             return '"null"'
         terms, (least, most) = ["TEXT"], (found.get("minLength", 0), found.get("maxLength", ""))

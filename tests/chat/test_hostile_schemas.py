@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from nanoglm.chat.constraint import MOST_LEAST, Constraint, Grammars
-from nanoglm.chat.schema import check_schema, longest_minimum, possible_types
+from nanoglm.chat.limits import check_schema
+from nanoglm.chat.schema import Schema, longest_minimum
 from nanoglm.chat.tokenizer import byte_tokenizer
 from nanoglm.errors import InputError
 
@@ -96,8 +97,7 @@ def test_references_that_meet_again_are_followed_once(kind: str) -> None:
     schema = chain(kind, 30)
     check_schema(schema, "s")
     longest_minimum(schema)
-    assert possible_types(chain("anyOf", 30), chain("anyOf", 30)) == {"string"}
-    assert possible_types({"$ref": "#"}, {"anyOf": [{"$ref": "#"}, {"$ref": "#"}, {"type": "null"}]}) == {"null"}
+    assert Schema(chain("anyOf", 30)).types(chain("anyOf", 30)) == {"string"}
     assert time.process_time() - begin < SECONDS
 
 
@@ -177,9 +177,9 @@ def test_masks_of_a_long_reply_are_found_in_time(schema: dict[str, Any], letters
 def walks(monkeypatch: pytest.MonkeyPatch, grammar: Any) -> list[int]:
     found, real = list[int](), grammar.way_out
 
-    def counted(matcher: Any, most: int) -> Sequence[int] | None:
+    def counted(matcher: Any, most: int, reply: Sequence[int] = ()) -> Sequence[int] | None:
         found.append(most)
-        return real(matcher, most)
+        return real(matcher, most, reply)
 
     monkeypatch.setattr(grammar, "way_out", counted)
     return found
@@ -208,7 +208,7 @@ def test_a_grammar_that_reaches_a_limit_in_mid_reply_does_not_let_it_end(monkeyp
     monkeypatch.setattr(GRAMMARS, "_limits", type(GRAMMARS._limits)(max_lexer_states=200))
     grammar = GRAMMARS.json(MEET)
     monkeypatch.setattr(grammar, "least", 2)
-    monkeypatch.setattr(grammar, "way_out", lambda matcher, most: None)
+    monkeypatch.setattr(grammar, "way_out", lambda matcher, most, reply: None)
     with pytest.raises(InputError, match="schema cannot be kept to: .*too many states"):
         write(grammar, 400, "ab")
 

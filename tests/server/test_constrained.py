@@ -214,7 +214,7 @@ def test_what_cannot_be_kept_to_is_a_bad_request(scripted: Live) -> None:
         ({"response_format": form({"not": {}})}, "schema cannot be kept to: Unimplemented keys"),
         ({"response_format": form(CITY), "max_tokens": 10}, "max_tokens is 10; expected more, the schema's least"),
         ({"tools": [tool({"properties": {"x": {"type": "string", "pattern": "("}}})]} | must, "regex parse error"),
-        ({"tools": [tool({"properties": 5})]} | must, "tool do has parameters {'properties': 5}"),
+        ({"tools": [tool({"properties": 5})]} | must, "tools[0].parameters.properties is 5"),
     ):  # fmt: skip
         body = {"messages": [{"role": "user", "content": "Go"}]} | options
         answer = scripted.http.post("/v1/chat/completions", json=body)
