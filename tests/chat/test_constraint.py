@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,11 @@ def test_rows_without_a_token_never_come() -> None:
     found = grammars("bpe")
     named = found.tokenizer.vocab_size
     assert found.vocab_size > named
-    constraint = Constraint(found, 100, thinking=False, grammar=found.calls([WEATHER, NOW]))
+    constraint = Constraint(found, 2000, thinking=False, grammar=found.calls([WEATHER, NOW]))
     outputs = found.tokenizer.encode("<tool_call>now")
     for at in range(len(outputs) + 1):
         assert max(allowed(constraint, outputs[:at]) or ()) < named
+    assert len(allowed(constraint, outputs) or ()) > 1  # not the way out alone
 
 
 @pytest.mark.parametrize(
@@ -305,6 +307,24 @@ def test_a_schema_of_little_room_is_not_closed_at_once() -> None:
     schema = {"properties": {name: {"type": "string"} for name in names}, "required": names, "type": "object"}
     constraint = Constraint(found, 260, thinking=False, grammar=found.json(schema))
     assert len(allowed(constraint, found.tokenizer.encode('{"property_0": "')) or ()) > 100
+
+
+def test_a_walk_behind_rejected_drafts_says_nothing_of_what_came_instead() -> None:
+    """Drafts that open nothing have a shorter way out than brackets in their place."""
+    found = grammars("bytes")
+    grammar = found.json({"type": "array"})
+    narrow = set[bool]()
+    for most, n, chain in product((120, 121), range(30, 50), ("1", "11")):
+        asked, fresh = (Constraint(found, most, thinking=False, grammar=grammar) for _ in range(2))
+        begin = [ord("[")] * n
+        if len(allowed(asked, begin) or ()) == 1:
+            continue
+        for at in range(1, len(chain) + 1):
+            asked([*begin, *chain[:at].encode()])
+        instead = [*begin, ord("[")]
+        assert allowed(asked, instead) == allowed(fresh, instead)
+        narrow.add(len(allowed(fresh, instead) or ()) == 1)
+    assert narrow == {True, False}
 
 
 # ---------------------------------------------------------------------------------- any schema, any model
