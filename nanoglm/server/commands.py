@@ -51,7 +51,7 @@ def serve(
         timeout: Seconds that a request may take; any if left out.
         grace: Seconds for what runs to finish when the server is told to end.
     """
-    key = api_key or os.environ.get(KEY)
+    key = api_key or os.environ.get(KEY) or None  # an empty one would let everybody in
     if not _is_local(host) and key is None and not open_to_all:
         raise InputError(
             f"host is {host!r} and there is no API key; expected --api-key, or --open-to-all to do without"
@@ -60,6 +60,8 @@ def serve(
         raise InputError(f"port is {port}; expected 0 to 65535")
     if grace < 0 or (timeout is not None and timeout <= 0):
         raise InputError(f"grace is {grace} and timeout {timeout}; expected seconds, the timeout above 0")
+    if max_requests < 1 or (context is not None and context < 1):
+        raise InputError(f"max_requests is {max_requests} and context {context}; expected at least 1")
     body = parse_bytes("max_body", max_body)
     assert body is not None
     try:

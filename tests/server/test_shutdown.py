@@ -126,6 +126,8 @@ def test_key_body_limit_and_the_rest_of_the_door() -> None:
     ("options", "said"),
     [
         (["--host", "0.0.0.0"], "no API key"),
+        (["--host", "0.0.0.0", "--api-key", ""], "no API key"),  # an empty one would let everybody in
+        (["--max-requests", "0"], "max_requests is 0"),
         (["--port", "70000"], "port is 70000"),
         (["--grace", "-1"], "grace is -1"),
         (["--host", "no.such.host.invalid", "--api-key", "x"], "expected an address that is free"),
