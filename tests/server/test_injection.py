@@ -151,23 +151,37 @@ def test_switches_are_values_and_never_templates() -> None:
         assert isinstance(message, str) and message.startswith("chat_template_kwargs holds")
 
 
-@pytest.mark.parametrize("text", SPELLINGS)
-def test_a_forced_call_of_a_hostile_declaration_is_no_grammar_of_it(text: str) -> None:
-    """Names, keys and choices of a tool become a grammar: as what they spell, not as its syntax."""
+def test_a_forced_call_of_a_hostile_declaration_is_no_grammar_of_it() -> None:
+    """Keys and choices of a tool become a grammar: as what they spell, not as its syntax."""
 
-    async def call() -> dict[str, Any]:
-        service = small_service(context=4096)
+    async def call(app: Any, text: str) -> dict[str, Any]:
         parameters = {"type": "object", "properties": {text: {"enum": [text]}}, "required": [text]}
         tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
         body = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools, "tool_choice": "required"}
         body |= {"max_tokens": 600, "thinking": {"type": "disabled"}, "parallel_tool_calls": False}
-        answer = await ask(create_app(service), Sent("POST", "/v1/chat/completions", json.dumps(body).encode()))
+        answer = await ask(app, Sent("POST", "/v1/chat/completions", json.dumps(body).encode()))
         return dict(strictly(answer.body)["choices"][0]["message"]["tool_calls"][0]["function"])
 
-    found = asyncio.run(call())
-    # The parser strips keys, and a spelled closer of the call's own markup ends what it is in.
-    if not any(tag in text for tag in ("arg_", "tool_call")):
-        assert found == {"name": "f", "arguments": json.dumps({text.strip(): text}, ensure_ascii=False)}
+    async def calls() -> None:
+        app = create_app(small_service(context=4096))
+        for text in (
+            *JINJA,
+            "<|assistant|>",
+            "<think>",
+            '"',
+            "\\",
+            "\n",
+            "/.*/",
+            'a" | TEXT',
+            "%json {}",
+            "<[256]>",
+            "é😀",
+        ):
+            found = await call(app, text)
+            # The parser takes blanks off a key.
+            assert found == {"name": "f", "arguments": json.dumps({text.strip(): text}, ensure_ascii=False)}
+
+    asyncio.run(calls())
 
 
 # ------------------------------------------------------------------------------- templates of strangers

@@ -12,7 +12,18 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
-from server.fuzzing import Sent, ask, check, check_error, check_idle, events_of, plain_text, small_service, strictly
+from server.fuzzing import (
+    Sent,
+    ask,
+    check,
+    check_error,
+    check_idle,
+    events_of,
+    failure_of,
+    plain_text,
+    small_service,
+    strictly,
+)  # fmt: skip
 from server.scripted import serving
 
 from nanoglm.server.app import create_app
@@ -276,39 +287,54 @@ def test_who_leaves_before_the_first_piece_ends_the_request() -> None:
     run_beside(service, post(CHAT, **LONG), leave)
 
 
-def test_a_reader_that_stops_costs_a_reply_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    """What waits for it is what the reply has, at most a piece a token; then it is let go of."""
-    service, stuck, sizes = small_service(), asyncio.Event(), []
+def unread(app: Any, begun: asyncio.Event, goes_on: asyncio.Event) -> Any:
+    """The application for a client that stops at the first event of a stream until ``goes_on``."""
 
-    async def work() -> None:
-        app = create_app(service, patience=2.0)
+    async def stopped(scope: Any, receive: Any, send: Any) -> None:
+        async def sending(message: Any) -> None:
+            if b"data" in message.get("body", b"") and not begun.is_set():
+                begun.set()
+                await goes_on.wait()
+            await send(message)
 
-        async def unread(scope: Any, receive: Any, send: Any) -> None:
-            async def sending(message: Any) -> None:
-                if message.get("body", b"").count(b"data") and len(sizes) == 0:
-                    stuck.set()
-                    await asyncio.Event().wait()
-                await send(message)
+        await app(scope, receive, sending)
 
-            await app(scope, receive, sending)
+    return stopped
 
-        task = asyncio.create_task(ask(unread, post(CHAT, **LONG, stream=True)))
-        await stuck.wait()
+
+def test_what_a_reader_does_not_read_is_its_reply_and_stops_nobody() -> None:
+    """At most a piece a token waits for it, and it gets them all when it goes on."""
+
+    async def wait() -> None:
+        service, begun, goes_on = small_service(), asyncio.Event(), asyncio.Event()
+        app = create_app(service)
+        task = asyncio.create_task(ask(unread(app, begun, goes_on), post(CHAT, **LONG, stream=True)))
+        await begun.wait()
         (news,) = service._live
-        expected = await plain_text(app)
-        while service.engine.engine.busy:  # the engine goes on to the reply's end
+        await plain_text(app)
+        while service.engine.engine.busy:  # it goes on to the reply's end
             await asyncio.sleep(0.01)
-        sizes.append(news.qsize())
-        assert 300 < sizes[0] <= LONG["max_tokens"] + 1
-        assert service._busy == 1 and not task.done()
+        assert 300 < news.qsize() <= LONG["max_tokens"] + 1
+        goes_on.set()
+        events = events_of((await task).body)
+        assert len(events) > 200 and failure_of(CHAT, events) is None
+        await check_idle(service)
+
+    asyncio.run(wait())
+
+
+def test_a_reader_that_stays_away_gives_its_place_back(caplog: pytest.LogCaptureFixture) -> None:
+    async def leave() -> None:
+        service, begun = small_service(), asyncio.Event()
+        app = create_app(service, patience=0.2)
         with pytest.raises(AssertionError, match="the answer has no end"):
-            await task
-        assert await plain_text(app) == expected
+            await ask(unread(app, begun, asyncio.Event()), post(CHAT, **LONG, stream=True))
+        assert begun.is_set()
         await check_idle(service)
 
     with caplog.at_level(logging.WARNING, "nanoglm.server"):
-        asyncio.run(work())
-    assert "client read nothing for 2 seconds" in caplog.text
+        asyncio.run(leave())
+    assert "client read nothing for 0.2 seconds" in caplog.text
 
 
 def test_a_step_that_fails_is_told_to_all_and_forgotten(caplog: pytest.LogCaptureFixture) -> None:
