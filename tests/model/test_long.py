@@ -14,11 +14,12 @@ from nanoglm.ops import Batch, count_work
 # In a process of its own, so that nobody else's memory is counted. CPU seconds, not wall time: the
 # machine may be busy.
 PREFILL = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 from nanoglm.api import load
 from nanoglm.cache import PAGE, PagedCache
 from nanoglm.engine.generate import prefill
+from nanoglm.memory import peak_memory
 from nanoglm.ops import count_work
 
 torch.set_num_threads(1)
@@ -31,7 +32,7 @@ for length in (16_384, 65_536):
     with count_work() as work:
         prefill(model, cache, cache.open(), ids)
     result[length] = [time.process_time() - began, work.pairs_scored, work.rows_attended]
-result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+result["peak"] = 1e9 * peak_memory()  # not ru_maxrss: that begins with what the process had that started this one
 print(json.dumps(result))
 """
 
