@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -327,13 +328,17 @@ def test_a_reader_that_stays_away_gives_its_place_back(caplog: pytest.LogCapture
     async def leave() -> None:
         service, begun = small_service(), asyncio.Event()
         app = create_app(service, patience=0.2)
+        gc.disable()  # it is ended, and not left to be collected at some time
         with pytest.raises(AssertionError, match="the answer has no end"):
             await ask(unread(app, begun, asyncio.Event()), post(CHAT, **LONG, stream=True))
         assert begun.is_set()
         await check_idle(service)
 
-    with caplog.at_level(logging.WARNING, "nanoglm.server"):
-        asyncio.run(leave())
+    try:
+        with caplog.at_level(logging.WARNING, "nanoglm.server"):
+            asyncio.run(leave())
+    finally:
+        gc.enable()
     assert "client read nothing for 0.2 seconds" in caplog.text
 
 
