@@ -85,7 +85,7 @@ def create_app(
 
     app = FastAPI(
         title="nanoglm", version=version("nanoglm"), lifespan=lifespan, docs_url=None, redoc_url=None,
-        strict_content_type=False, responses=REFUSALS,
+        responses=REFUSALS,
         middleware=[Middleware(Door, key=key, most=most_bytes, free=free, patience=patience)],
     )  # fmt: skip
     for error in (NanoglmError, NotFound, Overloaded, ShuttingDown, TimeoutError, RecursionError, Exception):

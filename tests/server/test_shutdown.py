@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -48,7 +49,10 @@ class Listener(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        with httpx.stream("POST", self.url, json=self.body, timeout=60) as answer:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),
+            httpx.stream("POST", self.url, json=self.body, timeout=60) as answer,
+        ):  # a stream that breaks off is seen by what it lacks
             for piece in answer.iter_text():
                 self.text += piece
                 self.began.set()
@@ -93,6 +97,17 @@ def test_sigint_ends_at_once() -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0 and time.monotonic() - began < 10
         assert "shutting down" in listener.events()[-1]
+
+
+def test_a_second_signal_ends_the_process() -> None:
+    with server("--grace", "60") as (process, url):
+        listener = Listener(url, "/v1/chat/completions")
+        assert listener.began.wait(60)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        assert process.poll() is None  # it waits for the stream
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
 
 
 def test_key_body_limit_and_the_rest_of_the_door() -> None:
@@ -141,3 +156,12 @@ def test_what_cannot_be_served_is_one_sentence(
         main(["serve", "tiny", *options])
     error = capsys.readouterr().err
     assert end.value.code == 2 and said in error and len(error.splitlines()) == 1
+
+
+def test_a_body_says_what_it_is() -> None:
+    """Without its type a page elsewhere could send one from a browser, and a local server would work for it."""
+    with server() as (_, url):
+        for kind in (None, "text/plain", "application/x-www-form-urlencoded"):
+            headers = {} if kind is None else {"Content-Type": kind}
+            answer = httpx.post(f"{url}/v1/chat/completions", content=b'{"messages": []}', headers=headers)
+            assert answer.status_code == 400 and f"content-type is {kind}; expected" in answer.text
