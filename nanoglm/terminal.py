@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import tyro
@@ -172,7 +172,7 @@ def talk(session: Session, console: Console) -> None:
         elif command == "/thought":
             console.print(thought or "no thought yet", style="dim", markup=False)
         elif command == "/effort" and rest.strip() in LEVELS:
-            session.effort = rest.strip()  # type: ignore[assignment]
+            session.effort = cast(Effort, rest.strip())
         elif command.startswith("/"):
             console.print(HELP, style="dim", markup=False)
         elif command:

@@ -221,7 +221,7 @@ class Messages:
 
         yield event("message_start", message=self._message())
         async with aclosing(changes(pieces)) as found:
-            async for what, block, text, _ in found:
+            async for what, block, text in found:
                 if what == "open":
                     yield event("content_block_start", index=block.number, content_block=_opened(block))
                 elif what == "more":

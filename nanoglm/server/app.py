@@ -99,7 +99,7 @@ def create_app(
     app.include_router(xray.router(xrays))
     app.include_router(_plain(service))
     _add_page(app, pages)
-    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
+    app.openapi = partial(_openapi, app)  # type: ignore[method-assign]  # FastAPI's own way to change it
     return app
 
 

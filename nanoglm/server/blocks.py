@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from nanoglm.engine.request import Logprobs
 from nanoglm.server.service import Piece
 
 
@@ -25,19 +24,17 @@ class Block:
 
 
 class Change(NamedTuple):
-    """What happened to a block; ``text`` is new in it. ``logprobs`` are of the step, with its first change."""
+    """What happened to a block; ``text`` is new in it."""
 
     what: Literal["open", "more", "close"]
     block: Block
     text: str = ""
-    logprobs: tuple[Logprobs, ...] = ()
 
 
 async def changes(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Change, None]:
     """Pieces of one reply as changes of its blocks."""
     block, count = None, 0
     async for piece in pieces:
-        logprobs = piece.logprobs
         for delta in piece.deltas:
             kind = "call" if delta.kind == "arguments" else delta.kind
             if block is None or delta.kind == "call" or kind != block.kind:
@@ -48,8 +45,7 @@ async def changes(pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Change,
                 yield Change("open", block)
             if delta.kind != "call":
                 block.text += delta.text
-                yield Change("more", block, delta.text, logprobs)
-                logprobs = ()
+                yield Change("more", block, delta.text)
     if block is not None:
         block.last = True
         yield Change("close", block)

@@ -175,14 +175,14 @@ class Chat:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.names[0]}
 
     async def chunks(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Event, None]:
-        base, calls = self._base("chat.completion.chunk"), _Calls()
+        base = self._base("chat.completion.chunk")
         more = {"usage": None} if self.asked.include_usage else {}
         for reply in self.replies:
             choice = {"index": reply.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             yield None, {**base, "choices": [choice], **more}
         async for piece in pieces:
             logprobs = self._logprobs(piece.logprobs)
-            deltas = [calls.delta(piece.index, delta.kind, delta.text, delta.index) for delta in piece.deltas]
+            deltas = [_delta(delta.kind, delta.text, delta.index) for delta in piece.deltas]
             for place, delta in enumerate(deltas or ([{}] if logprobs else [])):
                 choice = {"index": piece.index, "delta": delta, "finish_reason": None}
                 if logprobs is not None:
@@ -227,18 +227,16 @@ class Chat:
         return {"token": text.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(text)}
 
 
-class _Calls:
-    """Deltas in OpenAI's form; every call gets an id of its own."""
-
-    def delta(self, reply: int, kind: str, text: str, index: int) -> dict[str, Any]:
-        if kind == "reasoning":
-            return {"reasoning_content": text, "reasoning": text}
-        if kind == "content":
-            return {"content": text}
-        if kind == "call":
-            function = {"name": text, "arguments": ""}
-            return {"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]}
-        return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+def _delta(kind: str, text: str, index: int) -> dict[str, Any]:
+    """A delta in OpenAI's form; every call gets an id of its own."""
+    if kind == "reasoning":
+        return {"reasoning_content": text, "reasoning": text}
+    if kind == "content":
+        return {"content": text}
+    if kind == "call":
+        function = {"name": text, "arguments": ""}
+        return {"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
 def call_id() -> str:

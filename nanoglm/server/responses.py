@@ -158,7 +158,7 @@ class Run:
         yield event("response.created", response=self.response("in_progress"))
         yield event("response.in_progress", response=self.response("in_progress"))
         async with aclosing(changes(pieces)) as found:
-            async for what, block, text, _ in found:
+            async for what, block, text in found:
                 if what == "open":
                     self.output.append(_item(block, "in_progress"))
                 item = self.output[-1]
@@ -213,8 +213,8 @@ def _item(block: Block, status: str) -> dict[str, Any]:
     if block.kind == "reasoning":
         content = [{"type": "reasoning_text", "text": ""}]
         return {"id": f"rs_{name}", "type": "reasoning", "status": status, "summary": [], "content": content}
-    content = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]  # type: ignore[dict-item]
-    return {"id": f"msg_{name}", "type": "message", "status": status, "role": "assistant", "content": content}
+    said: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+    return {"id": f"msg_{name}", "type": "message", "status": status, "role": "assistant", "content": [said]}
 
 
 def _functions(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
