@@ -306,7 +306,7 @@ class Service:
             self._live.discard(news)
             for reply, task in zip(replies, tasks, strict=True):
                 task.cancel()
-                self.engine.abort(reply.request)
+                self.engine.abort(reply.request)  # as its task does when it is cancelled, but for one that never began
                 self.metrics.finished(reply.request, reply.tokens, reply.finish or "abort", reply.times)
 
     def drain(self) -> None:
