@@ -53,10 +53,11 @@ static inline uint16_t narrow(float f) {  // to nearest, ties to even; NaN stays
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2), aligned(2)));
 static inline vf load(const uint16_t* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
-static inline void store(uint16_t* p, vf x) {
+static inline vu narrowed(vf x) {  // bf16 in the upper halves, rounded as above, and what was cut off in the lower ones
   const vu bits = (vu)x, rounded = bits + 0x7fff + (bits >> 16 & 1), nan = (vu)((bits & 0x7fffffff) > 0x7f800000);
-  *(vh*)p = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, vh);
+  return (rounded & ~nan) | ((bits | 0x400000) & nan);
 }
+static inline void store(uint16_t* p, vf x) { *(vh*)p = __builtin_convertvector(narrowed(x) >> 16, vh); }
 static inline float get(const float* x) { return *x; }
 static inline float get(const uint16_t* x) { return widen(*x); }
 static inline void put(float* to, float x) { *to = x; }

@@ -10,6 +10,23 @@ template <class X> struct Weights {  // of experts that stand `step` and `down_s
   int64_t step, down_step;
 };
 
+template <class X> struct Swiglu : Put<X> {  // of sums of `up`: silu(gate) * up, rounded where torch rounds
+  Put<float> gates;
+  void operator()(int t, int v, vf up) const {
+    const vf a = rounded<X>(load(gates.row(t) + v * LANES));
+    Put<X>::operator()(t, v, rounded<X>(a / (splat(1.f) + vexp(-a))) * rounded<X>(up));
+  }
+};
+
+template <class X> struct Scatter {  // row t to row order[t]
+  X* at;
+  const int64_t* order;
+  int64_t step;
+  int count;
+  void ahead(int t) const { Put<X>::fetch(at + order[t] * step, count); }
+  void operator()(int t, int v, vf sum) const { put_some(at + order[t] * step + v * LANES, sum, count - v * LANES); }
+};
+
 template <class X>
 void run(const X* x, const int64_t* ids, const float* weights, const Weights<X>& w, int64_t tokens, int k, int experts, int dim, int width, X* out,
          int threads) {
@@ -40,39 +57,41 @@ void run(const X* x, const int64_t* ids, const float* weights, const Weights<X>&
 #pragma omp parallel num_threads(threads)
   {
     auto &gate = Products<X>::mine(0), &up = Products<X>::mine(1);
+    static thread_local Aligned<float> gates_of_rows((size_t)CHUNK_ROWS * PANEL);
 #pragma omp for schedule(dynamic, grain)
     for (size_t i = 0; i < in_shares.size(); i++) {
       const Item& it = in_shares[i];
       const int some = std::min(PANEL, width - it.output);
       const int64_t at = it.expert * w.step + (int64_t)it.output * dim;
-      gate.run(rows.data() + it.begin, it.rows, {w.gate + at, dim, false}, some, dim);
-      up.run(rows.data() + it.begin, it.rows, {w.up + at, dim, false}, some, dim);
-      for (int r = 0; r < it.rows; r++) {
-        float *g = gate.sums.data + r * PANEL, *u = up.sums.data + r * PANEL;
-        for (int l = 0; l < PANEL; l += LANES) {  // silu(gate) * up, rounded where torch rounds
-          vf a = rounded<X>(load(g + l)), b = rounded<X>(load(u + l));
-          store(g + l, rounded<X>(a / (splat(1.f) + vexp(-a))) * b);
-        }
-        put_all(hidden + (it.begin + r) * even_width + it.output, g, some);
-        if (it.output + some == width && even_width > width) hidden[(it.begin + r) * even_width + width] = X{};
-      }
+      X* const to = hidden + it.begin * even_width + it.output;
+      const Put<float> gates{gates_of_rows.data, PANEL, PANEL};
+      gate.run(rows.data() + it.begin, it.rows, {w.gate + at, dim, false}, some, dim, gates);
+      up.run(rows.data() + it.begin, it.rows, {w.up + at, dim, false}, some, dim, Swiglu<X>{{to, even_width, some}, gates});
+      if (it.output + some == width && even_width > width)
+        for (int r = 0; r < it.rows; r++) to[r * even_width + some] = X{};
     }
 #pragma omp for schedule(dynamic, out_grain)
     for (size_t i = 0; i < out_shares.size(); i++) {
       const Item& it = out_shares[i];
       const int some = std::min(PANEL, dim - it.output);
-      gate.run(active.data() + it.begin, it.rows, {w.down + it.expert * w.down_step + (int64_t)it.output * width, width, false}, some, width);
-      for (int r = 0; r < it.rows; r++) put_all(result + order[(size_t)(it.begin + r)] * dim + it.output, gate.sums.data + r * PANEL, some);
+      gate.run(active.data() + it.begin, it.rows, {w.down + it.expert * w.down_step + (int64_t)it.output * width, width, false}, some, width,
+               Scatter<X>{result + it.output, order.data() + it.begin, dim, some});
     }
     if (weights)
 #pragma omp for schedule(static)
       for (int64_t t = 0; t < tokens; t++)
-        for (int d = 0; d < dim; d += PANEL) {
-          const int some = std::min(PANEL, dim - d);
-          float sum[PANEL] = {};
-          for (int j = 0; j < k; j++)
-            for (int l = 0; l < some; l++) sum[l] = std::fma(weights[t * k + j], get(result + (t * k + j) * dim + d + l), sum[l]);
-          put_all(out + t * dim + d, sum, some);
+        for (int d = 0; d < dim; d += LANES) {
+          const int some = std::min(LANES, dim - d);
+          vf sum{};
+          for (int j = 0; j < k; j++) {
+            const X* from = result + (t * k + j) * dim + d;
+            vf x{};
+            if (some == LANES) x = load(from);
+            else
+              for (int l = 0; l < some; l++) x[l] = get(from + l);
+            sum += splat(weights[t * k + j]) * x;
+          }
+          put_some(out + t * dim + d, sum, some);
         }
   }
 }

@@ -39,13 +39,21 @@ template <> struct Dot<uint16_t> {
   }
 };
 
-inline void put_all(float* to, const float* from, int n) { memcpy(to, from, (size_t)n * 4); }
-inline void put_all(uint16_t* to, const float* from, int n) {
-  int i = 0;
+// The first n lanes of x.
+inline void put_some(float* to, vf x, int n) {
+  if (n >= LANES) store(to, x);
+  else memcpy(to, &x, (size_t)n * 4);
+}
+inline void put_some(uint16_t* to, vf x, int n) {
 #ifdef __AVX512BF16__
-  for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+  const __m256i y = (__m256i)_mm512_cvtneps_pbh(x);
+  if (n >= LANES) _mm256_storeu_si256((__m256i*)to, y);
+  else memcpy(to, &y, (size_t)n * 2);
+#else
+  if (n >= LANES) store(to, x);
+  else
+    for (int l = 0; l < n; l++) to[l] = narrow(x[l]);
 #endif
-  for (; i < n; i++) to[i] = narrow(from[i]);
 }
 
 template <class X> inline vf rounded(vf x) { return x; }
@@ -139,8 +147,21 @@ template <class X> struct Matrix {
   }
 };
 
-// Up to ROWS rows with one vector of outputs, straight from the weights: sums [M][PANEL].
-template <class X, int M> inline void few(const X* const* x, const Matrix<X>& w, int count, int inputs, float* sums) {
+// Where sums go, a vector at a time: outputs of row t lie `step` values behind those of row t - 1.
+template <class Y> struct Put {
+  Y* at;
+  int64_t step;
+  int count;  // outputs of a row that exist
+  Y* row(int t) const { return at + t * step; }
+  void ahead(int t) const { fetch(row(t), count); }
+  void operator()(int t, int v, vf sum) const { put_some(row(t) + v * LANES, sum, count - v * LANES); }
+  static void fetch(const Y* to, int count) {  // into the cache before the products, not behind them
+    for (int i = 0; i < count; i += 64 / (int)sizeof(Y)) __builtin_prefetch(to + i, 1, 3);
+  }
+};
+
+// Up to ROWS rows with vector v of outputs, straight from the weights.
+template <class X, int M, class Done> inline void few(const X* const* x, const Matrix<X>& w, int count, int inputs, int v, const Done& done) {
   typedef Dot<X> D;
   typename D::vec a[M];
 #pragma GCC unroll 8
@@ -158,16 +179,17 @@ template <class X, int M> inline void few(const X* const* x, const Matrix<X>& w,
         for (int m = 0; m < M; m++) a[m] = D::add(a[m], t[j], x[m] + k + j * D::PER);
     }
   }
-  for (int m = 0; m < M; m++) memcpy(sums + m * PANEL, &a[m], sizeof(vf));
+  for (int m = 0; m < M; m++) done(m, v, a[m]);
 }
 
-template <class X, int M, int V> inline void tile(const X* const* x, int from, const uint32_t* panel, int dwords, float* sums) {
+// M rows with V vectors of outputs in a panel, added to sums [M][PANEL].
+template <class X, int M, int V> inline void tile(const X* const* x, int from, const uint32_t* panel, int dwords, const float* before, float* sums) {
   typedef Dot<X> D;
   typename D::vec a[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) memcpy(&a[m][v], sums + m * PANEL + v * LANES, sizeof(vf));
+    for (int v = 0; v < V; v++) memcpy(&a[m][v], before + m * PANEL + v * LANES, sizeof(vf));
   for (int d = 0; d < dwords; d++) {
     vi w[V];
 #pragma GCC unroll 4
@@ -211,9 +233,11 @@ template <class X> struct Inputs {
 
 template <class X> struct Products {  // scratch of one thread, kept from call to call
   Aligned<uint32_t> panel{(size_t)DEPTH * PANEL};
-  Aligned<float> sums{(size_t)CHUNK_ROWS * PANEL};
+  Aligned<float> sums{(size_t)CHUNK_ROWS * PANEL}, zeros{(size_t)ROWS * PANEL};
   const X* packed = nullptr;  // the weights in the panel
   int64_t packed_from = -1;
+
+  Products() { std::fill(zeros.data, zeros.data + ROWS * PANEL, 0.f); }
 
   static Products& mine(int which = 0) {
     static thread_local Products all[2];
@@ -221,21 +245,21 @@ template <class X> struct Products {  // scratch of one thread, kept from call t
     return all[which];
   }
 
-  // sums[t][o] for at most CHUNK_ROWS rows and PANEL outputs of weights w, `count` of which exist.
-  void run(const X* const* x, int rows, const Matrix<X>& w, int count, int inputs) {
+  // Gives `done` the sums of at most CHUNK_ROWS rows and PANEL outputs of weights w, `count` of which exist.
+  template <class Done> void run(const X* const* x, int rows, const Matrix<X>& w, int count, int inputs, const Done& done) {
     typedef Dot<X> D;
     const int vectors = (count + LANES - 1) / LANES;
     if (rows <= ROWS) {
       for (int v = 0; v < vectors; v++) {
-#define CALL(M) few<X, M>(x, w.from(v * LANES, 0), count - v * LANES, inputs, sums.data + v * LANES)
+#define CALL(M) few<X, M>(x, w.from(v * LANES, 0), count - v * LANES, inputs, v, done)
         FOR_ROWS(rows, CALL)
 #undef CALL
       }
       return;
     }
-    memset(sums.data, 0, (size_t)rows * PANEL * 4);
     for (int from = 0; from < inputs; from += DEPTH * D::PER) {
-      int some = std::min(DEPTH * D::PER, inputs - from), dwords = (some + D::PER - 1) / D::PER;
+      const int some = std::min(DEPTH * D::PER, inputs - from), dwords = (some + D::PER - 1) / D::PER;
+      const bool last = from + some == inputs;
       if (packed != w.at || packed_from != from) {
         packed = w.at, packed_from = from;
         for (int v = 0; v < vectors; v++)
@@ -246,10 +270,20 @@ template <class X> struct Products {  // scratch of one thread, kept from call t
           }
       }
       for (int t = 0; t < rows; t += ROWS) {
-#define CALL(M) vectors > VECTORS / 2 ? tile<X, M, VECTORS>(x + t, from, panel.data, dwords, sums.data + t * PANEL) \
-                                      : tile<X, M, VECTORS / 2>(x + t, from, panel.data, dwords, sums.data + t * PANEL)
-        FOR_ROWS(std::min(ROWS, rows - t), CALL)
+        const int some_rows = std::min(ROWS, rows - t);
+        for (int m = t + ROWS; m < std::min(t + 2 * ROWS, rows); m++) __builtin_prefetch(x[m] + from), __builtin_prefetch((const char*)(x[m] + from) + 64);
+        if (last)
+          for (int m = 0; m < some_rows; m++) done.ahead(t + m);
+        float* to = sums.data + (last && !from ? 0 : t * PANEL);  // a tile that nothing comes before or after stays near
+        const float* before = from ? to : zeros.data;
+#define TILE(M, V) tile<X, M, V>(x + t, from, panel.data, dwords, before, to)
+#define CALL(M) vectors > VECTORS / 2 ? TILE(M, VECTORS) : vectors > 1 ? TILE(M, VECTORS / 2) : TILE(M, 1)
+        FOR_ROWS(some_rows, CALL)
 #undef CALL
+#undef TILE
+        if (last)
+          for (int m = 0; m < some_rows; m++)
+            for (int v = 0; v < vectors; v++) done(t + m, v, load(to + m * PANEL + v * LANES));
       }
     }
   }

@@ -24,18 +24,37 @@ template <class X> void norm(const X* x, int64_t step, const X* weight, float ep
   }
 }
 
+// Pairs of a row turned, from `from` to `to`.
+inline void turn(const float* from, const float* cos, const float* sin, int pairs, float* to) {
+  for (int i = 0; i < pairs; i++) {
+    const float even = from[2 * i], odd = from[2 * i + 1];
+    to[2 * i] = even * cos[i] - odd * sin[i];
+    to[2 * i + 1] = odd * cos[i] + even * sin[i];
+  }
+}
+inline void turn(const uint16_t* from, const float* cos, const float* sin, int pairs, uint16_t* to) {
+  const auto some = [&](int i, size_t bytes) __attribute__((always_inline)) {  // a dword is a pair
+    vu x = {};
+    vf c = {}, s = {};
+    memcpy(&x, from + 2 * i, bytes), memcpy(&c, cos + i, bytes), memcpy(&s, sin + i, bytes);
+    const vf even = (vf)(x << 16), odd = (vf)(x & 0xffff0000);
+    x = narrowed(even * c - odd * s) >> 16 | (narrowed(odd * c + even * s) & 0xffff0000);
+    memcpy(to + 2 * i, &x, bytes);
+  };
+  int i = 0;
+  for (; i + LANES <= pairs; i += LANES) some(i, sizeof(vf));
+  if (i < pairs) some(i, (size_t)(pairs - i) * 4);
+}
+
 template <class X>
-void rotate(const X* x, int64_t step, int64_t head_step, const float* cos, const float* sin, int64_t count, int heads, int dim, X* y, int threads) {
+void rotate(const X* x, int64_t step, int64_t head_step, const float* cos, const float* sin, int64_t count, int heads, int dim, int turned, X* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < count; t++)
     for (int h = 0; h < heads; h++) {
       const X* from = x + t * step + h * head_step;
       X* to = y + (t * heads + h) * dim;
-      for (int i = 0; i < dim / 2; i++) {
-        const float c = cos[t * (dim / 2) + i], s = sin[t * (dim / 2) + i], even = get(from + 2 * i), odd = get(from + 2 * i + 1);
-        put(to + 2 * i, even * c - odd * s);
-        put(to + 2 * i + 1, odd * c + even * s);
-      }
+      turn(from, cos + t * (turned / 2), sin + t * (turned / 2), turned / 2, to);
+      if (to != from) std::copy(from + turned, from + dim, to + turned);
     }
 }
 
@@ -66,11 +85,12 @@ EXPORT void nanoglm_rms_norm(int bf16, const void* x, int64_t step, const void* 
   else norm((const float*)x, step, (const float*)weight, eps, count, dim, (float*)y, threads);
 }
 
-// x [count, heads, dim] with these strides, cos and sin [count, dim / 2], y [count, heads, dim].
-EXPORT void nanoglm_rotate(int bf16, const void* x, int64_t step, int64_t head_step, const float* cos, const float* sin, int64_t count, int heads, int dim, void* y,
-                           int threads) {
-  if (bf16) rotate((const uint16_t*)x, step, head_step, cos, sin, count, heads, dim, (uint16_t*)y, threads);
-  else rotate((const float*)x, step, head_step, cos, sin, count, heads, dim, (float*)y, threads);
+// x [count, heads, dim] with these strides, whose first `turned` dims are turned; cos and sin [count, turned / 2],
+// y [count, heads, dim]: x itself, if that has no gaps, or apart from it.
+EXPORT void nanoglm_rotate(int bf16, const void* x, int64_t step, int64_t head_step, const float* cos, const float* sin, int64_t count, int heads, int dim, int turned,
+                           void* y, int threads) {
+  if (bf16) rotate((const uint16_t*)x, step, head_step, cos, sin, count, heads, dim, turned, (uint16_t*)y, threads);
+  else rotate((const float*)x, step, head_step, cos, sin, count, heads, dim, turned, (float*)y, threads);
 }
 
 // out [count, k]: places of the k largest of n scores, best first; of equal ones (-0.0 = +0.0) the first.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from nanoglm.config import GLMConfig
@@ -33,7 +32,6 @@ class Indexer(nn.Module):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.heads, self.dim = config.index_n_heads, config.index_head_dim
-        self.rope_dim = config.qk_rope_head_dim
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
         self.wk = Linear(config.hidden_size, self.dim)
         self.k_norm = LayerNorm(self.dim)
@@ -52,4 +50,4 @@ class Indexer(nn.Module):
         return self._rope_first(q_TJI, rotary), weights_TJ
 
     def _rope_first(self, x: Tensor, rotary: Rotary) -> Tensor:
-        return torch.cat([rotary(x[..., : self.rope_dim]), x[..., self.rope_dim :]], -1)
+        return rotary(x, reuse=True)

@@ -76,9 +76,9 @@ class Rotary:
         angles = positions[:, None].float() * (1.0 / theta**exponents)
         return cls(angles.cos(), angles.sin())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, R] or [T, H, R] -> the same shape and dtype, rotated."""
-        return ops.rotate(x, self.cos, self.sin)
+    def __call__(self, x: Tensor, reuse: bool = False) -> Tensor:
+        """x [T, ...] or [T, H, ...] -> the same shape and dtype, its first R dims rotated. reuse: as of ops.rotate."""
+        return ops.rotate(x, self.cos, self.sin, reuse)
 
 
 class MLP(nn.Module):

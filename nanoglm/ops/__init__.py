@@ -84,7 +84,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
     """The same with exact products, sums and result in fp32 whatever the dtypes."""
-    lib = cpu.direct(x, weight)
+    lib = cpu.direct(x) and cpu.direct(weight)
+    if x.dtype is not weight.dtype is not torch.float32:
+        lib = None
     return lib.linear(x, weight, torch.float32) if lib else torch_tiled.linear(wide(x), wide(weight))
 
 
@@ -109,10 +111,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return lib.rms_norm(x, weight, eps) if lib else torch_tiled.rms_norm(x, weight, eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved RoPE in fp32, in place of its pair: x [T, R] or [T, H, R], cos and sin fp32 [T, R / 2]."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, reuse: bool = False) -> Tensor:
+    """Interleaved RoPE in fp32, in place of its pair, of the first R dims of x [T, ...] or [T, H, ...]; cos and sin are
+    fp32 [T, R / 2]. Further dims stay. reuse: x is needed no more, and may become the result."""
     lib = cpu.direct(x) or _gpu_rows(x)
-    return lib.rotate(x, cos, sin) if lib else torch_tiled.rotate(x, cos, sin)
+    return lib.rotate(x, cos, sin, reuse) if lib else torch_tiled.rotate(x, cos, sin)
 
 
 def top(scores: Tensor, k: int) -> Tensor:

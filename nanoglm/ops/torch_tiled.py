@@ -76,11 +76,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (x_2i, x_2i+1) of x [T, R] or [T, H, R] turned by the angles of cos and sin [T, R / 2]."""
+    """Pairs (x_2i, x_2i+1) of x [T, ...] or [T, H, ...] turned by the angles of cos and sin [T, R / 2]; dims behind R
+    stay."""
+    turned = 2 * cos.shape[1]
     if x.ndim == 3:
         cos, sin = cos[:, None], sin[:, None]
-    even, odd = wide(x[..., 0::2]), wide(x[..., 1::2])
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+    even, odd = wide(x[..., 0:turned:2]), wide(x[..., 1:turned:2])
+    y = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+    return y if turned == x.shape[-1] else torch.cat([y, x[..., turned:]], -1)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,11 +54,11 @@ def _half_split(self: layers.Rotary, x: Tensor) -> Tensor:
 
 
 def _indexer_half_split(self: indexer.Indexer, x: Tensor, rotary: layers.Rotary) -> Tensor:
-    return torch.cat([_half_split(rotary, x[..., : self.rope_dim]), x[..., self.rope_dim :]], -1)
+    return torch.cat([_half_split(rotary, x[..., : 2 * rotary.cos.shape[1]]), x[..., 2 * rotary.cos.shape[1] :]], -1)
 
 
 def _rope_last(self: indexer.Indexer, x: Tensor, rotary: layers.Rotary) -> Tensor:
-    return torch.cat([x[..., : -self.rope_dim], rotary(x[..., -self.rope_dim :])], -1)
+    return torch.cat([x[..., : -2 * rotary.cos.shape[1]], rotary(x[..., -2 * rotary.cos.shape[1] :])], -1)
 
 
 _rotary_at = layers.Rotary.at

@@ -145,6 +145,12 @@ def test_linear_and_headwise_equal_torch(isa: str, rows, inputs, outputs, heads,
     assert wide.dtype == torch.float32  # and as exact, whatever x and weight are
     assert float((wide - expected).abs().max() / expected.abs().max().clamp(min=1)) < 1e-5
     assert torch.equal(ops.linear_fp32(x[row : row + 1, 0], weight[0]), wide[row : row + 1])
+    mixed, expected = (
+        ops.linear_fp32(x[:, 0], exact := torch.randn(outputs, inputs)),
+        x[:, 0].double() @ exact.double().T,
+    )
+    assert float((mixed - expected).abs().max() / expected.abs().max().clamp(min=1)) < 1e-5
+    assert torch.equal(ops.linear_fp32(x[row : row + 1, 0], exact), mixed[row : row + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -176,19 +182,30 @@ def test_mlp_equals_torch(isa: str, rows, dim, width, dtype, seed) -> None:
 
 
 @drawn
-@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 40), DTYPES, st.integers(0, 99))
-def test_norm_rope_and_top_equal_torch(isa: str, rows, heads, half, dtype, seed) -> None:
+@given(
+    st.integers(1, 60), st.integers(1, 5), st.integers(1, 40), st.integers(0, 40), DTYPES, st.integers(0, 99)
+)  # fmt: skip
+def test_norm_rope_and_top_equal_torch(isa: str, rows, heads, half, beyond, dtype, seed) -> None:
     torch.manual_seed(seed)
-    wide = torch.randn(rows, heads, 2 * half + 3).to(dtype)
-    x, angles, weight = wide[..., : 2 * half], torch.randn(rows, half), torch.randn(2 * half).to(dtype)
+    wide = torch.randn(rows, heads, 2 * half + beyond + 3).to(dtype)
+    x, angles = wide[..., : 2 * half + beyond], torch.randn(rows, half)
+    weight = torch.randn(2 * half + beyond).to(dtype)
     limit = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    found = [ops.rms_norm(x[:, 0], weight, 1e-5), ops.rotate(x, angles.cos(), angles.sin())]
-    found += [ops.rotate(x[:, 0], angles.cos(), angles.sin())]
+
+    def run() -> list[torch.Tensor]:
+        turned = [ops.rotate(x, angles.cos(), angles.sin()), ops.rotate(x[:, 0], angles.cos(), angles.sin())]
+        return [ops.rms_norm(x[:, 0], weight, 1e-5), *turned]
+
+    found = run()
     with patch.object(cpu, "best", lambda: None):
-        expected = [ops.rms_norm(x[:, 0], weight, 1e-5), ops.rotate(x, angles.cos(), angles.sin())]
-        expected += [ops.rotate(x[:, 0], angles.cos(), angles.sin())]
+        expected = run()
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).abs().max() / b.abs().max().clamp(min=1)) < limit
+    assert torch.equal(found[1][..., 2 * half :], x[..., 2 * half :])
+    taken = x.clone(memory_format=torch.contiguous_format)
+    assert ops.rotate(taken, angles.cos(), angles.sin(), reuse=True) is taken and torch.equal(taken, found[1])
+    if not x.is_contiguous():  # nothing to reuse
+        assert torch.equal(ops.rotate(x, angles.cos(), angles.sin(), reuse=True), found[1])
     scores = torch.randn(rows, half + 1).mul(3).round() * torch.tensor([1.0, -0.0])[seed % 2]  # many ties, -0.0 too
     k = seed % (half + 1) + 1
     assert torch.equal(ops.top(scores, k), torch_tiled.top(scores, k))

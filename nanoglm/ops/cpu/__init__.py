@@ -40,7 +40,7 @@ _SIGNATURES = {  # of csrc's exported functions
     "experts_int8": "pppppppqiiiipi",
     "linear": "ipqqpqqiqiiipii",
     "rms_norm": "ipqpfqipi",
-    "rotate": "ipqqppqiipi",
+    "rotate": "ipqqppqiiipi",
     "top": "pqiipi",
     "quantise": "ipqippi",
     "append": "ppqipi",
@@ -174,14 +174,15 @@ class Library:
         return out
 
     def linear(self, x: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """x [T, in] with weight [out, in] -> [T, out], in x's dtype or fp32."""
+        """x [T, in] with weight [out, in] of its dtype, or fp32 -> [T, out] in x's dtype or fp32."""
         if x.stride(1) != 1:
             x = x.contiguous()
         weight = weight.contiguous()
         (count, inputs), outputs = x.shape, weight.shape[0]
         y = x.new_empty(count, outputs, dtype=dtype)
+        kind = _bf16(x) * (1 if x.dtype is weight.dtype else 2)
         self.handle.nanoglm_linear(
-            _bf16(x), x.data_ptr(), x.stride(0), 0, weight.data_ptr(), inputs, 0, 0, count, 1, inputs, outputs,
+            kind, x.data_ptr(), x.stride(0), 0, weight.data_ptr(), inputs, 0, 0, count, 1, inputs, outputs,
             y.data_ptr(), dtype == torch.float32, _threads(count * inputs * outputs),
         )  # fmt: skip
         return y
@@ -212,15 +213,15 @@ class Library:
         )
         return y
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [T, R] or [T, H, R] -> the same shape, rotated."""
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, reuse: bool = False) -> Tensor:
+        """x [T, I] or [T, H, I] -> the same shape, the first dims rotated."""
         if x.stride(-1) != 1:
             x = x.contiguous()
-        y = x.new_empty(x.shape)
+        y = x if reuse and x.is_contiguous() else x.new_empty(x.shape)
         heads, head_step = (1, 0) if x.ndim == 2 else (x.shape[1], x.stride(1))
         self.handle.nanoglm_rotate(
             _bf16(x), x.data_ptr(), x.stride(0), head_step, cos.data_ptr(), sin.data_ptr(), x.shape[0], heads,
-            x.shape[-1], y.data_ptr(), _threads(x.numel()),
+            x.shape[-1], 2 * cos.shape[1], y.data_ptr(), _threads(x.numel()),
         )  # fmt: skip
         return y
 

@@ -38,30 +38,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _rotate(x, cos, sin, y, x_row, x_head, heads, half, count, BLOCK: tl.constexpr):
+def _rotate(x, cos, sin, y, x_row, x_head, heads, dim, pairs, half, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < count
-    pair, head, t = i % half, (i // half) % heads, i // half // heads
+    pair, head, t = i % pairs, (i // pairs) % heads, i // pairs // heads
+    first, second, turned = i < count, (i < count) & (2 * pair + 1 < dim), (i < count) & (pair < half)
     at = x + t * x_row + head * x_head + 2 * pair
-    even = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(at + 1, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + t * half + pair, mask=inside, other=0.0)
-    s = tl.load(sin + t * half + pair, mask=inside, other=0.0)
-    tl.store(y + 2 * i, (even * c - odd * s).to(y.dtype.element_ty), mask=inside)
-    tl.store(y + 2 * i + 1, (odd * c + even * s).to(y.dtype.element_ty), mask=inside)
+    even = tl.load(at, mask=first, other=0.0).to(tl.float32)
+    odd = tl.load(at + 1, mask=second, other=0.0).to(tl.float32)
+    c = tl.load(cos + t * half + pair, mask=turned, other=1.0)
+    s = tl.load(sin + t * half + pair, mask=turned, other=0.0)
+    to = y + (t * heads + head) * dim + 2 * pair
+    tl.store(to, (even * c - odd * s).to(y.dtype.element_ty), mask=first)
+    tl.store(to + 1, (odd * c + even * s).to(y.dtype.element_ty), mask=second)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, R] or [T, H, R] with cos and sin fp32 [T, R / 2] -> contiguous, of x's shape."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, reuse: bool = False) -> Tensor:
+    """x [T, I] or [T, H, I] with cos and sin fp32 [T, R / 2] -> contiguous, of x's shape; dims behind R stay. reuse: x
+    may become the result."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x if reuse and x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     heads, head_step = (1, 0) if x.ndim == 2 else (x.shape[1], x.stride(1))
-    if count := x.numel() // 2:
+    pairs = (x.shape[-1] + 1) // 2
+    if count := x.shape[0] * heads * pairs:
         kernel: Any = _rotate
         with on(x):
             kernel[(triton.cdiv(count, BLOCK),)](
-                x, cos.contiguous(), sin.contiguous(), y, x.stride(0), head_step, heads, x.shape[-1] // 2, count,
-                BLOCK=BLOCK,
+                x, cos.contiguous(), sin.contiguous(), y, x.stride(0), head_step, heads, x.shape[-1], pairs,
+                cos.shape[1], count, BLOCK=BLOCK,
             )  # fmt: skip
     return y
 

@@ -38,17 +38,25 @@ def test_rms_norm(device, count, dim, beside, dtype, seed) -> None:
 
 
 @drawn
-@given(st.integers(0, 9), st.integers(0, 5), st.integers(1, 20), st.integers(0, 3), DTYPES, st.integers(0, 99))
-def test_rotate(device, count, heads, half, beside, dtype, seed) -> None:
-    """Of one vector a row (no heads), or of some; as slices of something wider."""
+@given(
+    st.integers(0, 9), st.integers(0, 5), st.integers(1, 20), st.integers(0, 9), st.integers(0, 3), DTYPES,
+    st.integers(0, 99),
+)  # fmt: skip
+def test_rotate(device, count, heads, half, beyond, beside, dtype, seed) -> None:
+    """Of one vector a row (no heads), or of some; with dims that stay; as slices of something wider."""
     torch.manual_seed(seed)
-    shape = (count, heads, 2 * half + beside) if heads else (count, 2 * half + beside)
+    width = 2 * half + beyond
+    shape = (count, heads, width + beside) if heads else (count, width + beside)
     x, angles = torch.randn(shape).to(dtype), torch.randn(count, half)
     arguments = angles.cos(), angles.sin()
-    found = kernels.rotate(x.to(device)[..., : 2 * half], *(a.to(device) for a in arguments))
-    assert found.shape == (*shape[:-1], 2 * half)
+    given_x, turns = x.to(device)[..., :width], tuple(a.to(device) for a in arguments)
+    found = kernels.rotate(given_x, *turns)
+    assert found.shape == (*shape[:-1], width)
     if count:
-        close(found, torch_tiled.rotate(x[..., : 2 * half].double(), *(a.double() for a in arguments)))
+        close(found, torch_tiled.rotate(x[..., :width].double(), *(a.double() for a in arguments)))
+        assert torch.equal(found[..., 2 * half :], given_x[..., 2 * half :])
+        taken = given_x.contiguous().clone()
+        assert kernels.rotate(taken, *turns, reuse=True) is taken and torch.equal(taken, found)
 
 
 @drawn
