@@ -342,24 +342,30 @@ struct Problem {
   int32_t* out;
 };
 
-struct Scratch {  // of one thread
-  int capacity;
-  std::vector<float> score;
-  std::vector<int32_t> at;
+struct Scratch {  // of one thread, kept from call to call: fresh memory costs more than what is done with it
+  int capacity = 0;
+  Aligned<float> score;
+  Aligned<int32_t> at;
   std::vector<float> wide_q;     // where there are no products of bf16 or int8
   Aligned<float> wide_keys;
   std::vector<int32_t> offset;   // int8: minus 128 times the sum of q, per row and head
   alignas(64) float scores[TILE][BLOCK];
   Candidates c[TILE];
-  explicit Scratch(const Problem& p)
-      : capacity(p.k + std::max(p.k, 1024) + p.k / 8 + 2 * BLOCK), score((size_t)TILE * (capacity + 2 * GROUP)),
-        at((size_t)TILE * (capacity + 2 * GROUP)), wide_keys((size_t)BLOCK * p.dim) {}
+
+  static Scratch& mine(const Problem& p) {
+    static thread_local Scratch s;
+    s.capacity = p.k + std::max(p.k, 1024) + p.k / 8 + 2 * BLOCK;
+    s.score.at_least((size_t)TILE * (s.capacity + 2 * GROUP));
+    s.at.at_least((size_t)TILE * (s.capacity + 2 * GROUP));
+    if (widens(p.kind)) s.wide_keys.at_least((size_t)BLOCK * p.dim);
+    return s;
+  }
 
   void begin(const Problem& p, int64_t first, int rows) {
     for (int i = 0; i < rows; i++) {
       c[i] = Candidates{};
-      c[i].score = score.data() + (size_t)i * (capacity + 2 * GROUP);
-      c[i].at = at.data() + (size_t)i * (capacity + 2 * GROUP);
+      c[i].score = score.data + (size_t)i * (capacity + 2 * GROUP);
+      c[i].at = at.data + (size_t)i * (capacity + 2 * GROUP);
     }
     const int64_t row = (int64_t)p.heads * p.dim;
     if (p.kind == INT8 && VNNI) {
@@ -476,7 +482,7 @@ EXPORT void nanoglm_select(int kind, const void* q, const float* weights, const 
   if ((int64_t)items.size() >= threads || threads == 1) {
 #pragma omp parallel num_threads(threads)
     {
-      Scratch s(p);
+      Scratch& s = Scratch::mine(p);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t n = (int64_t)items.size() - 1; n >= 0; n--) {  // the longest first
         const Item& it = items[(size_t)n];
@@ -495,7 +501,7 @@ EXPORT void nanoglm_select(int kind, const void* q, const float* weights, const 
     std::vector<std::vector<int32_t>> at((size_t)parts * it.rows);
 #pragma omp parallel num_threads(parts)
     {
-      Scratch s(p);
+      Scratch& s = Scratch::mine(p);
 #pragma omp for schedule(static, 1)
       for (int part = 0; part < parts; part++) {
         s.begin(p, it.first, it.rows);

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
+from nanoglm.memory import keep_freed
 from nanoglm.ops import Batch, cache_append, index_append, index_pool
 
 PAGE = 64
@@ -39,6 +40,7 @@ class PagedCache:
         self, config: GLMConfig, pages: int, *, dtype: torch.dtype = torch.float32,
         index_dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
+        keep_freed()
         self._widths = config.kv_lora_rank, config.qk_rope_head_dim
         layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
         self._keys = [torch.zeros(pages, PAGE, sum(self._widths), dtype=dtype, device=device) for _ in layers]
