@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,7 @@ LENGTH = 131_072  # keys that the ops see
 
 class Op(NamedTuple):
     """Something to time. flops, bytes: what it must do at least. peer: the same by other means; peer_waits: for the
-    device, so that it cannot be captured."""
+    device, so that it cannot be captured. calls: of the op in one run; all figures are of one."""
 
     name: str
     run: Run
@@ -45,6 +46,7 @@ class Op(NamedTuple):
     peer: Run | None = None
     peer_name: str = ""
     peer_waits: bool = False
+    calls: int = 1
 
 
 def bench_gpu(
@@ -113,7 +115,7 @@ def measure_ceilings(rounds: int, shrink: int) -> tuple[list[Row], dict[str, flo
 
 def row_of(op: Op, rounds: int, limits: dict[str, float]) -> Row:
     """The op beside the limit that binds it, and beside its peer."""
-    sample = timed(op.run, rounds)
+    sample = Sample(*(seconds / op.calls for seconds in timed(op.run, rounds)))
     seconds = {kind: getattr(op, kind) / limits[kind] for kind in ("flops", "bytes")}
     kind = max(seconds, key=lambda name: seconds[name])
     row = _times(sample) | {
@@ -214,13 +216,25 @@ def gathered(rows: int, k: int) -> tuple[float, float]:
     return 2.0 * rows * 64 * k * (576 + 512), rows * (k * 576 * 2.0 + 64 * (576 + 512) * 2)
 
 
+def attending(queries: tuple[Tensor, Tensor], pools: Sequence[tuple[Tensor, Tensor]], chosen: Tensor, of: Batch) -> Run:
+    """Sparse attention to each of the pools under one Selection, as layers that share it. Batches remember where its
+    rows lie, so each run has its own."""
+
+    def run() -> Tensor:
+        batch = replace(of)
+        return [ops.sparse_attention(*queries, *pool, chosen, batch, 0.0625) for pool in pools][-1]
+
+    return run
+
+
 def attentions(length: int, shrink: int) -> Iterator[Op]:
-    """Sparse attention of a prompt's last rows; of some, beside tiled PyTorch and dense attention; of one a request."""
+    """Sparse attention of a prompt's last rows; of some, beside tiled PyTorch and dense attention; of one a request,
+    in one layer and in four."""
     k = 2048 // shrink
     for rows in (4096 // shrink, 256):
         batch, inputs = paged(rows, length), attention_inputs(rows, length)
         selection = drawn_selection(batch, k)
-        run = partial(ops.sparse_attention, *inputs, selection, batch, 0.0625)
+        run = attending(inputs[:2], [inputs[2:]], selection, batch)
         op = Op(f"sparse attention, {rows:,} rows", run, *gathered(rows, k))
         if rows > 256:
             yield op
@@ -232,8 +246,14 @@ def attentions(length: int, shrink: int) -> Iterator[Op]:
     for requests in (1, 32, 128, 256):
         stored = length // 4
         batch, inputs = paged(1, stored, requests), attention_inputs(requests, requests * stored)
-        run = partial(ops.sparse_attention, *inputs, drawn_selection(batch, k), batch, 0.0625)
-        yield Op(f"sparse attention, decoding {requests}", run, *gathered(requests, k))
+        selection = drawn_selection(batch, k)
+        run = attending(inputs[:2], [inputs[2:]], selection, batch)
+        op = Op(f"sparse attention, decoding {requests}", run, *gathered(requests, k))
+        yield op
+        if requests <= 32:  # four pools of more would be more than smaller cards have
+            pools = [inputs[2:], *(attention_inputs(1, requests * stored)[2:] for _ in range(3))]
+            run = attending(inputs[:2], pools, selection, batch)
+            yield op._replace(name=f"{op.name}, a fourth of four layers under one Selection", run=run, calls=4)
 
 
 def experts(length: int, shrink: int) -> Iterator[Op]:

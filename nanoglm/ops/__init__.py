@@ -67,11 +67,14 @@ def scratch(device: torch.device) -> int:
     return int(kernels.scratch()) if device.type == "cuda" and (kernels := _triton()) else 0
 
 
+def _beside(x: Tensor) -> ModuleType | None:
+    """The kernels, where x lies on a GPU and nobody traces, for what is no registered op."""
+    return None if torch.compiler.is_compiling() or not x.is_cuda else _triton()
+
+
 def _gpu_rows(*tensors: Tensor) -> Any:
     """The kernels for rows by themselves, where these tensors have some; a compiler fuses the plain forms itself."""
-    if torch.compiler.is_compiling() or not tensors[0].is_cuda:
-        return None
-    return kernels.direct(*tensors) if (kernels := _triton()) else None
+    return kernels.direct(*tensors) if (kernels := _beside(tensors[0])) else None
 
 
 # ------------------------------------------------------------------------------ rows by themselves
@@ -165,13 +168,15 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, batch: Batch, k: int) -> Te
 @torch.library.custom_op("nanoglm::sparse_attention", mutates_args=())
 def _sparse_attention(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor,
-    table: Tensor, page_size: int, scale: float,
+    table: Tensor, page_size: int, scale: float, rows: Tensor | None = None, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch_tiled.sparse_attention(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
 
 
-_sparse_attention.register_kernel("cpu")(cpu.sparse_attention)
-_sparse_attention.register_kernel("cuda")(_gpu("sparse_attention", torch_tiled.sparse_attention))
+_sparse_attention.register_kernel("cpu")(lambda *arguments: cpu.sparse_attention(*arguments[:9]))
+_sparse_attention.register_kernel("cuda")(
+    _gpu("sparse_attention", lambda *arguments: torch_tiled.sparse_attention(*arguments[:9]))
+)
 
 
 @_sparse_attention.register_fake
@@ -202,15 +207,37 @@ def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 def _sparse_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.page_size, ctx.scale = inputs[7:]
+    ctx.page_size, ctx.scale = inputs[7:9]
 
 
 def _sparse_attention_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads = _sparse_attention_backward(grad, *ctx.saved_tensors, ctx.page_size, ctx.scale)
-    return *grads, None, None, None, None, None
+    return *grads, *[None] * 7
 
 
 _sparse_attention.register_autograd(_sparse_attention_grad, setup_context=_sparse_attention_setup)
+
+
+@torch.library.custom_op("nanoglm::locate", mutates_args=(), device_types="cuda")
+def _locate(selection: Tensor, requests: Tensor, table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Storage rows of a Selection, -1 at empty places, int32 [T, K], and how many each row has, int32 [T]."""
+    kernels = _triton()
+    assert kernels is not None
+    with torch.cuda.device_of(selection):
+        found: tuple[Tensor, Tensor] = kernels.locate(selection, requests, table, page_size)
+    return found
+
+
+@_locate.register_fake
+def _(selection: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(selection, dtype=torch.int32), selection.new_empty(len(selection), dtype=torch.int32)
+
+
+def _located(selection: Tensor, batch: Batch, *floats: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What a GPU's kernel reads in place of the Selection, once for all layers that share it; None where there is no
+    kernel, and for compilers, which would take what the batch remembers for a constant."""
+    kernels = _beside(floats[0])
+    return batch.located(selection, _locate) if kernels and kernels.alike(*floats) else (None, None)
 
 
 def sparse_attention(
@@ -226,8 +253,11 @@ def sparse_attention(
     Returns:
         [T, H, C], the attended latent. Differentiable in the four float inputs.
     """
-    run = cpu.sparse_attention if cpu.direct(q_latent, q_rope, latent, rope) else _sparse_attention
-    return run(q_latent, q_rope, latent, rope, selection, batch.requests, batch.table, batch.page_size, scale)
+    floats = q_latent, q_rope, latent, rope
+    arguments = *floats, selection, batch.requests, batch.table, batch.page_size, scale
+    if cpu.direct(*floats):
+        return cpu.sparse_attention(*arguments)
+    return _sparse_attention(*arguments, *_located(selection, batch, *floats))
 
 
 # ------------------------------------------------------------------------------ the indexers' loss

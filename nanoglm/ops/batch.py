@@ -7,7 +7,7 @@ whole-sequence scoring use the same rule with pages of one row, so no op has two
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -107,6 +107,21 @@ class Batch:
     def slots(self) -> Tensor:
         """int64 [T]: the storage row of each of this batch's own tokens."""
         return storage_rows(self.positions, self.requests, self.table, self.page_size)
+
+    def located(
+        self, selection: Tensor, locate: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """``locate(selection, requests, table, page_size)``, remembered until another Selection comes: layers that
+        share one get the same object."""
+        last = self._last
+        if not last or last[0][0] is not selection:
+            last.clear()  # before there are two
+            last.append((selection, locate(selection, self.requests, self.table, self.page_size)))
+        return last[0][1]
+
+    @cached_property  # a list, for the class is frozen
+    def _last(self) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        return []
 
 
 def storage_rows(positions: Tensor, requests: Tensor, table: Tensor, page_size: int) -> Tensor:

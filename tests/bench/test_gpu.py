@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanoglm.bench import gpu
+from nanoglm.bench.timing import Sample
 from nanoglm.errors import InputError
 
 pytest.importorskip("triton")
@@ -34,3 +35,10 @@ def test_ops_stand_beside_their_limits_and_peers(part) -> None:
         if "differs" in row:
             assert row["differs"] < 0.02, op.name
     assert len({row["name"] for row in rows}) == len(rows)
+
+
+def test_of_several_calls_in_one_run_figures_are_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "timed", lambda run, rounds: Sample(0.02, 0.016, 0.04))
+    row = gpu.row_of(gpu.Op("four", lambda: None, 0.0, 1e9, calls=4), 3, {"flops": 1.0, "bytes": 1e12})
+    assert [row[name] for name in ("ms", "low", "high")] == [5, 4, 10]
+    assert row["share"] == pytest.approx(0.2) and row["rate"] == pytest.approx(200)

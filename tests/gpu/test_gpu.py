@@ -228,6 +228,18 @@ def test_an_engine_whose_steps_are_graphs_says_the_same_words(models: tuple[GLM,
         assert request.outputs == list(generate(device, prompt, params))
 
 
+def test_layers_that_share_a_selection_locate_its_rows_once(
+    models: tuple[GLM, GLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanoglm.ops.triton import attention
+
+    rows_of, located = attention.rows_of, []
+    monkeypatch.setattr(attention, "rows_of", lambda *places: located.append(places) or rows_of(*places))
+    with torch.no_grad():
+        whole(models[1], random_ids(models[1].config, 70))
+    assert len(located) == len(models[1].config.full_layers) < models[1].config.num_hidden_layers
+
+
 def test_gradients_of_training_equal_the_cpus(models: tuple[GLM, GLM]) -> None:
     recipe = Recipe(steps=1, tokens=128, stages=(long(1.0, 128),))
     ids = torch.tensor(random_ids(models[0].config, 129))[None]

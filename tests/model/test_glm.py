@@ -88,6 +88,21 @@ def test_replay_equals_recording(model: GLM) -> None:
 
 
 @torch.no_grad()
+def test_the_forward_pass_is_traced_as_one_graph(model: GLM) -> None:
+    graphs = []
+
+    def keep(graph, inputs):  # runs it as it is: a compiler needs a minute
+        graphs.append(graph)
+        return graph.forward
+
+    traced = torch.compile(lambda ids: model(ids, BATCH, BatchStore()).hidden, fullgraph=True, backend=keep)
+    for _ in range(2):
+        torch.testing.assert_close(traced(IDS), model(IDS, BATCH, BatchStore()).hidden, atol=1e-5, rtol=1e-5)
+    called = [str(node.target) for node in graphs[0].graph.nodes]
+    assert len(graphs) == 1 and called.count("nanoglm.sparse_attention.default") == model.config.num_hidden_layers
+
+
+@torch.no_grad()
 def test_a_sequence_does_not_see_its_neighbour(model: GLM) -> None:
     together = model(IDS, BATCH, BatchStore()).hidden
     alone = model(IDS[60:], Batch.contiguous([30]), BatchStore()).hidden

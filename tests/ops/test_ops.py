@@ -183,6 +183,7 @@ def test_registered_with_torch_library() -> None:
     leaves = [torch.randn(*s).requires_grad_() for s in ((20, 2, 5), (20, 2, 4), (20, 5), (20, 4))]
     args = *leaves, selection, batch.requests, batch.table, 1, 0.5
     torch.library.opcheck(torch.ops.nanoglm.sparse_attention.default, args)
+    torch.library.opcheck(torch.ops.nanoglm.sparse_attention.default, (*args, selection, batch.requests.int()))
     leaves = [torch.randn(*s).requires_grad_() for s in ((20, 5), (20, 2), (3, 8, 5), (3, 5, 4))]
     ids = torch.randint(0, 3, (20, 2))
     torch.library.opcheck(torch.ops.nanoglm.experts.default, (leaves[0], ids, *leaves[1:]))

@@ -129,9 +129,13 @@ def _join(parts, sums, out, heads, latent_dim, splits, SPLITS: tl.constexpr, LAT
 
 def sparse_attention(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor, table: Tensor,
-    page_size: int, scale: float,
+    page_size: int, scale: float, places: Tensor | None = None, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As :func:`nanoglm.ops.torch_tiled.sparse_attention`: [T, H, C] and [T, H, R] against [N, C] and [N, R]."""
+    """As :func:`nanoglm.ops.torch_tiled.sparse_attention`: [T, H, C] and [T, H, R] against [N, C] and [N, R].
+
+    Args:
+        places, counts: from :func:`rows_of`, if they are known.
+    """
     if work := tally():
         work.rows_attended += int((selection >= 0).sum())
     q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
@@ -149,7 +153,8 @@ def sparse_attention(
     if splits > 1:
         parts = torch.empty(rows, splits, heads, latent_dim, dtype=torch.float32, device=out.device)
         sums = torch.empty(rows, splits, heads, 2, dtype=torch.float32, device=out.device)
-    places, counts = rows_of(selection, requests, table, page_size)
+    if places is None or counts is None:
+        places, counts = rows_of(selection, requests, table, page_size)
     grid = rows, triton.cdiv(heads, block), splits
     split, long = splits > 1, len(latent) * max(latent.stride(0), rope.stride(0)) >= 1 << 31
     if special := _hopper(q_latent, rope):

@@ -46,12 +46,18 @@ def select(
 
 def sparse_attention(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, selection: Tensor, requests: Tensor,
-    table: Tensor, page_size: int, scale: float,
+    table: Tensor, page_size: int, scale: float, rows: Tensor | None = None, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As :func:`nanoglm.ops.sparse_attention`."""
-    served = alike(q_latent, q_rope, latent, rope)
-    run = attention.sparse_attention if served else torch_tiled.sparse_attention
-    return run(q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale)
+    """As :func:`nanoglm.ops.sparse_attention`; rows and counts from :func:`locate`, if they are known."""
+    arguments = q_latent, q_rope, latent, rope, selection, requests, table, page_size, scale
+    if not alike(*arguments[:4]):
+        return torch_tiled.sparse_attention(*arguments)
+    return attention.sparse_attention(*arguments, rows, counts)
+
+
+def locate(selection: Tensor, requests: Tensor, table: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """As :func:`nanoglm.ops.triton.attention.rows_of`."""
+    return attention.rows_of(selection, requests, table, page_size)
 
 
 def sparse_attention_backward(

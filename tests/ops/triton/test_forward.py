@@ -16,8 +16,11 @@ triton = pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
+from nanoglm import ops  # noqa: E402
+from nanoglm.config import GLMConfig  # noqa: E402
+from nanoglm.model import GLM, BatchStore  # noqa: E402
 from nanoglm.ops import Batch, reference, torch_tiled  # noqa: E402
-from nanoglm.ops.triton import attention, select  # noqa: E402
+from nanoglm.ops.triton import attention, dispatch, select  # noqa: E402
 
 drawn = settings(deadline=None, max_examples=int(os.environ.get("DRAWN_CASES", "50")), derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -158,6 +161,52 @@ def test_sparse_attention_equals_reference(device, batch_rows, heads, c, r, k, d
     tensors = [x.to(device) for x in tensors]
     with patch.object(attention, "splits_of", lambda programs, selected, device: 4 if least else 1):
         found = attention.sparse_attention(*tensors, batch.page_size, 0.3)
+        located = attention.rows_of(*tensors[4:], batch.page_size)
+        again = attention.sparse_attention(*tensors, batch.page_size, 0.3, *located)
     assert found.dtype == dtype and bool(found.isfinite().all())
     error = (found.cpu().double() - expected).norm() / expected.norm()
     assert float(error) < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(again, found)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors go where a GPU's would, but for choosing and experts: norms, attention, and where its rows lie."""
+    monkeypatch.setattr(ops.cpu, "direct", lambda *tensors: None)
+    monkeypatch.setattr(ops, "_beside", lambda x: dispatch)
+    monkeypatch.setattr(ops, "_locate", dispatch.locate)
+    monkeypatch.setattr(ops, "_sparse_attention", dispatch.sparse_attention)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing needs to be led there")
+@torch.no_grad()
+def test_layers_that_share_a_selection_locate_its_rows_once(interpreted, monkeypatch) -> None:
+    """One Full layer and three Shared ones, twice; each new pass, tail and chain of drafts anew."""
+    config = GLMConfig.preset("tiny", num_hidden_layers=8, index_topk_freq=4, index_skip_topk_offset=1)
+    assert config.pattern == "FSSSFSSS"
+    model, ids = GLM(config).initialise(0), torch.arange(9)
+    batch, rows_of, given = Batch.contiguous([9]), attention.rows_of, []
+
+    def counted(selection: Tensor, *places: object) -> tuple[Tensor, Tensor]:
+        given.append(selection)
+        return rows_of(selection, *places)
+
+    monkeypatch.setattr(attention, "rows_of", counted)
+    output = model(ids, batch, BatchStore())
+    assert len(given) == 2 and given[0] is output.selections[0] and given[1] is output.selections[7]
+    m, selection = model.draft(ids, output.hidden, output.step)  # the MTP layer chooses for itself
+    assert len(given) == 3 and given[2] is selection
+    for depth in (1, 2):  # and its later steps attend under the same
+        m, _ = model.draft(ids, m, output.step, depth=depth, selection=selection)
+    assert len(given) == 3
+    step, rows = output.step.tail([2])  # the table is another batch's now, the Selection another object
+    model.draft(ids[rows], m[rows], step, depth=1, selection=selection[rows])
+    assert len(given) == 4
+    model(ids, Batch.contiguous([9]), BatchStore())
+    assert len(given) == 6
+    again = model(ids, batch, BatchStore(), selections=output.selections)  # given before, but not the last
+    assert len(given) == 8
+    monkeypatch.undo()
+    expected = model(ids, Batch.contiguous([9]), BatchStore(), selections=output.selections).hidden
+    for found in (output.hidden, again.hidden):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
