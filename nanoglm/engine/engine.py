@@ -169,8 +169,7 @@ class Engine:
         ]
         self.runner.draft([r for r in requests if depths.get(r) or r in late], depths)
         alike = all(r.depth is None and len(r.outputs) > 1 for r in requests)
-        graphs = self.runner.graphs
-        if self.depth is not None and alike and (common or not late) and not (graphs and graphs.capturing):
+        if self.depth is not None and alike and (common or not late) and not self.runner.graphs.capturing:
             verified = max(work.drafts for work in works)
             self.depth.took(going, verified, verifying, common, time.perf_counter() - began)
 

@@ -1,101 +1,119 @@
-"""Decoding steps as captured graphs (CUDA, HIP): a step is one launch instead of a thousand.
+"""Passes of a few rows as captured graphs (CUDA, HIP): a pass is one launch instead of a thousand.
 
-A graph repeats the same launches on the same memory. So ids, positions and page tables lie in tensors of its own, which
-a step fills; what kernels take as plain numbers must not change from step to step: how many requests, how many rows of
-each, and a bound on the pages they hold. For each such shape there is a graph, captured when it has come often enough
-to pay.
+A graph repeats the same launches on the same memory. So positions, page tables and all other inputs lie in tensors of
+its own, which a pass fills; what kernels take as plain numbers must not change from pass to pass: how many requests,
+how many rows of each, and a bound on the pages they hold. For each such shape there is a graph, captured when it has
+come often enough to pay.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanoglm.cache import PagedCache
-from nanoglm.model import GLM
 from nanoglm.ops import Batch
 from nanoglm.ops.work import tally
 
-MOST_ROWS = 64  # of a step; beyond that launches are not what takes the time
+MOST_ROWS = 64  # of a pass; beyond that launches are not what takes the time
 MOST_OF_ONE = 8  # of a request: a token and its drafts; parts of prompts come in too many sizes
+OFTEN = 4  # passes of a shape before it is captured, which takes as long as some of them
+MOST_GRAPHS = 64  # of a function
 
-
-OFTEN = 4  # steps of a shape before it is captured, which takes as long as some of them
-MOST_GRAPHS = 64
+Tensors = tuple[Tensor, ...]
+# Turns a call into one that repeats it on the same memory, and the results, which that fills anew.
+Capture = Callable[[Callable[[], Tensors]], tuple[Callable[[], None], Tensors]]
 
 
 class Captured(NamedTuple):
-    """A graph, its inputs, which must live as long as it does, and its hidden states [T, D]."""
+    """A graph, its inputs, which must live as long as it does, and its results."""
 
-    ids: Tensor
-    positions: Tensor
-    requests: Tensor
-    table: Tensor
+    batch: Batch
+    inputs: Tensors
     replay: Callable[[], None]
-    hidden: Tensor
+    results: Tensors
 
 
 class Graphs:
-    """The graphs of one model over one cache."""
+    """Graphs of functions of a batch. Without ``capture`` there are none, and functions are called.
 
-    def __init__(self, model: GLM, cache: PagedCache) -> None:
-        self.model, self.cache = model, cache
-        self.captured: dict[tuple[int, int, int], Captured] = {}
-        self.came: Counter[tuple[int, int, int]] = Counter()
-        self.capturing = False  # whether the last step captured one: its time says nothing
-        self.pool: Any = None  # their memory: they never run at once
+    Attributes:
+        captured: by name, requests, rows of each and bound on their pages.
+        capturing: whether one was captured since this was last set to False: then times say nothing.
+    """
 
-    def run(self, ids: Tensor, batch: Batch) -> Tensor | None:
-        """Hidden states [T, D] of a pass over ids int64 [T]; None if it is no step for a graph: requests with unlike
-        numbers of rows, many rows, or what has not come often yet."""
+    def __init__(self, capture: Capture | None = None) -> None:
+        self.capture = capture
+        self.captured: dict[tuple[str, int, int, int], Captured] = {}
+        self.came: Counter[tuple[str, int, int, int]] = Counter()
         self.capturing = False
-        requests, rows = len(batch.lengths), len(ids)
-        count = rows // requests
-        if (
-            rows > MOST_ROWS
-            or count > MOST_OF_ONE
-            or tally()
-            or any(b != i * count for i, b in enumerate(batch.borders))
-        ):
-            return None
-        pages = 1 << max(4, (batch.table.shape[1] - 1).bit_length())
-        key = requests, count, pages
-        self.came[key] += 1
-        with torch.cuda.device(ids.device):
-            if key not in self.captured:
-                if self.came[key] < OFTEN or len(self.captured) == MOST_GRAPHS:
-                    return None
-                self.capturing = True
-                self.captured[key] = self._capture(ids, batch, pages)
-            graph = self.captured[key]
-            graph.ids.copy_(ids)
-            graph.positions.copy_(batch.positions)
-            graph.table[:, : batch.table.shape[1]].copy_(batch.table)
-            graph.replay()
-            return graph.hidden.clone()
 
-    def _capture(self, ids: Tensor, batch: Batch, pages: int) -> Captured:
-        ids, positions, requests = ids.clone(), batch.positions.clone(), batch.requests.clone()
+    def run(self, name: str, function: Callable[..., Tensors], batch: Batch, *inputs: Tensor) -> Tensors:
+        """``function(batch, *inputs)``, replayed if it is a pass for a graph: not of requests with unlike numbers of
+        rows, of many rows, or of a shape that has not come often yet.
+
+        Args:
+            name: of the function. inputs: [T, ...], a row each; all else that it reads must be the same every time.
+        """
+        if self.capture is None:
+            return function(batch, *inputs)
+        with torch.cuda.device_of(batch.positions):
+            graph = self._graph(name, function, batch, inputs)
+            if graph is None:
+                return function(batch, *inputs)
+            own, given = ((b.positions, b.turns, b.table) for b in (graph.batch, batch))
+            for fixed, value in zip((*own, *graph.inputs), (*given, *inputs), strict=True):
+                fixed[..., : value.shape[-1]].copy_(value)  # tables may have fewer pages
+            graph.replay()
+            return tuple(result.clone() for result in graph.results)
+
+    def _graph(self, name: str, function: Callable[..., Tensors], batch: Batch, inputs: Tensors) -> Captured | None:
+        requests, rows = len(batch.lengths), len(batch.positions)
+        count = rows // requests
+        alike = all(border == i * count for i, border in enumerate(batch.borders))
+        if rows > MOST_ROWS or count > MOST_OF_ONE or not alike or tally():
+            return None
+        key = name, requests, count, 1 << max(4, (batch.table.shape[1] - 1).bit_length())
+        self.came[key] += 1
+        room = sum(other[0] == name for other in self.captured) < MOST_GRAPHS
+        if key not in self.captured and self.came[key] >= OFTEN and room:
+            self.capturing = True
+            self.captured[key] = self._capture(function, batch, inputs, key[-1])
+        return self.captured.get(key)
+
+    def _capture(self, function: Callable[..., Tensors], batch: Batch, inputs: Tensors, pages: int) -> Captured:
+        assert self.capture is not None
         table = batch.table.new_zeros(len(batch.lengths), pages)
         table[:, : batch.table.shape[1]] = batch.table
-        bound = (pages * batch.page_size,) * len(batch.lengths)
+        fixed = Batch(
+            batch.borders, (pages * batch.page_size,) * len(batch.lengths), batch.positions.clone(),
+            batch.requests.clone(), table, batch.page_size, batch.turns.clone(),
+        )  # fmt: skip
+        own = tuple(x.clone() for x in inputs)
+        # A Batch remembers what it has computed: each call has its own.
+        replay, results = self.capture(lambda: function(replace(fixed), *own))
+        return Captured(fixed, own, replay, results)
 
-        def run() -> Tensor:  # a Batch of its own each time: it remembers what it has computed
-            fixed = Batch(batch.borders, bound, positions, requests, table, batch.page_size)
-            return self.model(ids, fixed, self.cache, keep_selections=False).hidden
 
+class Recorder:
+    """Captures on a GPU. All graphs share their memory: they never run at once."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def __call__(self, call: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         side = torch.cuda.Stream()  # what libraries set up on first use must not be captured
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()
+            call()
         torch.cuda.current_stream().wait_stream(side)
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            hidden = run()
-        return Captured(ids, positions, requests, table, graph.replay, hidden)
+            results = call()
+        return graph.replay, results

@@ -6,18 +6,19 @@ Shape legend: T rows of the step, N rows asked for, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nanoglm.cache import PagedCache
-from nanoglm.engine.graphs import Graphs
+from nanoglm.engine.graphs import Graphs, Recorder, Tensors
 from nanoglm.engine.request import Request
 from nanoglm.engine.scheduler import Work
 from nanoglm.engine.speculative import propose
 from nanoglm.model import GLM, Tape
 from nanoglm.model.step import Pass
-from nanoglm.ops import captures
+from nanoglm.ops import Batch, captures
 
 
 class Runner:
@@ -30,7 +31,7 @@ class Runner:
     def __init__(self, model: GLM, cache: PagedCache, drafting: bool) -> None:
         self.model, self.cache, self.drafting = model, cache, drafting
         self.device = model.lm_head.weight.device
-        self.graphs = Graphs(model, cache) if captures(model.lm_head.weight) else None
+        self.graphs = Graphs(Recorder() if captures(model.lm_head.weight) else None)
         self.pairs = 0  # (query, key) that one decoder layer saw
 
     def run(self, works: Sequence[Work]) -> tuple[Tensor, list[Tensor | None]]:
@@ -41,6 +42,7 @@ class Runner:
             [N, V] of each work's rows: of a prompt whose logprobs are wanted all, else those that the next token is
             drawn behind.
         """
+        self.graphs.capturing = False
         ids: list[int] = []
         for work in works:
             begin, n = work.request.computed, work.count
@@ -53,8 +55,9 @@ class Runner:
         tape = Tape(indexers=False) if recorded else None
         tail = None if self.drafting or recorded else asked
         packed = torch.tensor(ids, device=self.device)
-        hidden = self.graphs.run(packed, batch) if self.graphs and asked == counts and not recorded else None
-        if hidden is None:
+        if asked == counts and not recorded:
+            (hidden,) = self.graphs.run("step", self._step, batch, packed)
+        else:
             output = self.model(packed, batch, self.cache, tape=tape, tail=tail, keep_selections=recorded)
             hidden = output.hidden
             if tape is not None:
@@ -65,6 +68,9 @@ class Runner:
             rows = torch.cat([part[len(part) - n :] for part, n in zip(parts, asked, strict=True)])
         logits = self.model.logits(rows).split(asked) if len(rows) else [rows] * len(works)
         return hidden, [part if n else None for part, n in zip(logits, asked, strict=True)]
+
+    def _step(self, batch: Batch, ids_T: Tensor) -> Tensors:
+        return (self.model(ids_T, batch, self.cache, keep_selections=False).hidden,)
 
     def keep(self, works: Sequence[Work], hidden_TD: Tensor, begins: Sequence[int]) -> None:
         """Keeps the hidden states of the rows that count, for the MTP layer.
@@ -93,8 +99,8 @@ class Runner:
         counts = [request.computed - request.entries for request in requests]
         hidden_TD = torch.cat([rows for request in requests for rows in request.unread])
         batch = self.cache.last([_handle(request) for request in requests], counts)
-        step = Pass(batch, self.model.rotary(batch.positions), self.cache)
-        m_TD, selection = self.model.draft(torch.tensor(following, device=self.device), hidden_TD, step)
+        tokens = torch.tensor(following, device=self.device)
+        m_TD, selection = self.graphs.run("entries", self._entries, batch, tokens, hidden_TD)
         for request in requests:
             request.entries, request.unread = request.computed, []
         # Behind the last draft there is room for a token.
@@ -102,15 +108,31 @@ class Runner:
         going = [(request, n) for request, n in zip(requests, wanted, strict=True) if n > 0]
         if not going:
             return
-        step, rows = step.tail([int(n > 0) for n in wanted])
-        m_TD, selection = m_TD[rows], None if selection is None else selection[rows]
+        ends = [end - 1 for end, n in zip(batch.borders[1:], wanted, strict=True) if n > 0]
+        rows = torch.tensor(ends, device=self.device)
+        m_TD, selection = m_TD[rows], selection[rows]
+        batch = self.cache.last([_handle(request) for request, _ in going], [1] * len(going))
         for place in range(max(wanted)):
             if place:
                 tokens = torch.tensor([(r.drafts or r.outputs)[-1] for r, _ in going], device=self.device)
-                m_TD, selection = self.model.draft(tokens, m_TD, step, depth=place, selection=selection)
+                turned = replace(batch, rope_positions=batch.positions + place)
+                (m_TD,) = self.graphs.run("draft", self._further, turned, tokens, m_TD, selection)
             for (request, n), logits_V in zip(going, self.model.logits(m_TD), strict=True):
                 if len(request.drafts) == place < n:  # less where a mask let nothing follow
                     propose(request, logits_V)
+
+    def _entries(self, batch: Batch, following_T: Tensor, hidden_TD: Tensor) -> Tensors:
+        """The MTP layer's step 0: m and its Selection."""
+        step = Pass(batch, self.model.rotary(batch.turns), self.cache)
+        m_TD, selection = self.model.draft(following_T, hidden_TD, step)
+        assert selection is not None
+        return m_TD, selection
+
+    def _further(self, batch: Batch, tokens_T: Tensor, m_TD: Tensor, selection: Tensor) -> Tensors:
+        """A later step's m, as ``GLM.draft`` makes it; its depth is in the batch's rotation, for a graph serves all."""
+        rotary = self.model.rotary(batch.turns)
+        step = Pass(batch, rotary, self.cache).draft(rotary)
+        return self.model.mtp.draft(self.model.model.embed_tokens(tokens_T), m_TD, step, selection)[:1]
 
 
 def _record(

@@ -13,8 +13,9 @@ from nanoglm import ops
 from nanoglm.bench.gpu import attention_inputs, drawn_selection, paged
 from nanoglm.bench.shapes import random_ids
 from nanoglm.config import GLMConfig
-from nanoglm.engine import Engine
+from nanoglm.engine import Engine, Request
 from nanoglm.engine.generate import generate
+from nanoglm.engine.graphs import Graphs
 from nanoglm.engine.params import SamplingParams
 from nanoglm.model import GLM
 from nanoglm.model.store import BatchStore
@@ -223,9 +224,29 @@ def test_an_engine_whose_steps_are_graphs_says_the_same_words(models: tuple[GLM,
     requests = [engine.add(prompt, params) for prompt in prompts]
     while engine.busy:
         engine.step()
-    assert engine.runner.graphs is not None and engine.runner.graphs.captured
+    captured = {name for name, *_ in engine.runner.graphs.captured}
+    assert captured >= ({"step", "draft"} if drafts else {"step"})
     for prompt, request in zip(prompts, requests, strict=True):
         assert request.outputs == list(generate(device, prompt, params))
+
+
+def test_drafts_of_graphs_are_those_of_calls(models: tuple[GLM, GLM]) -> None:
+    """Step by step: chains of all depths by one graph, entries by graphs of their shapes, requests that leave."""
+    both: list[tuple[Engine, list[Request]]] = []
+    for graphs in (True, False):
+        engine = Engine(models[1], pages=60, drafts=5)
+        if not graphs:
+            engine.runner.graphs = Graphs()
+        params = [SamplingParams(max_tokens=n) for n in (40, 12, 30)]
+        both.append((engine, [engine.add(random_ids(models[1].config, 55 + n.max_tokens), n) for n in params]))
+    captured, called = both
+    while captured[0].busy:
+        for engine, _ in both:
+            engine.step()
+        for request, other in zip(captured[1], called[1], strict=True):
+            assert (request.outputs, request.drafts) == (other.outputs, other.drafts)
+    assert {name for name, *_ in captured[0].runner.graphs.captured} == {"step", "entries", "draft"}
+    assert not called[0].busy and not called[0].runner.graphs.captured
 
 
 def test_layers_that_share_a_selection_locate_its_rows_once(
