@@ -83,6 +83,7 @@ def bench_gpu(
                 except torch.OutOfMemoryError:
                     result.notes.append(f"{op.name}: more memory than the card has")
                 free()
+        del op  # its inputs would count as what models take
     for table, run in (("prefill", stack), ("run", million), ("step", training), ("curve", curve)):
         progress(run.__name__, 0.5)
         try:

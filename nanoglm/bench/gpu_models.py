@@ -6,6 +6,7 @@ Each takes rounds, a number that divides lengths, and a device, and returns the 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, random_ids, with
 from nanoglm.bench.timing import Sample
 from nanoglm.cache import PAGE
 from nanoglm.config import GLMConfig
+from nanoglm.engine.memory import Memory, needed
 from nanoglm.model import GLM, Attention
 from nanoglm.train.data import Sample as Tokens
 from nanoglm.train.data import Tokens as Text
@@ -66,9 +68,11 @@ def _prefill(subject: Subject, ids: list[int]) -> float:
 
 
 def million(rounds: int, shrink: int, device: str) -> list[Row]:
-    """One prefill of a million tokens of bench-nano with IndexShare, then 64 tokens decoded."""
+    """One prefill of a million tokens of bench-nano with IndexShare, then 64 tokens decoded, in memory that is printed
+    beforehand."""
     config, length = with_pattern(bench_nano(), "IndexShare"), (1 << 20) // shrink
     subject = Subject(config, length + PAGE, device=device)
+    memory = foretold(subject)
     held = subject.cache.bytes_per_token * length + sum(p.nbytes for p in subject.model.parameters())
     ids = random_ids(config, length)
     subject.feed(ids[: 2 * CHUNK], CHUNK)
@@ -79,8 +83,20 @@ def million(rounds: int, shrink: int, device: str) -> list[Row]:
     return [{
         "length": length, "seconds": seconds, "rate": length / seconds, "decoded": 64, "decode_seconds": decoding,
         "decode_rate": 64 / decoding, "peak_gb": peak_gb(),
-        "held_gb": held / 1e9,
+        "held_gb": held / 1e9, "foretold_gb": memory.total / 1e9,
     }]  # fmt: skip
+
+
+def foretold(subject: Subject) -> Memory:
+    """What a prefill that fills the cache will take, which it also prints."""
+    memory = needed(subject.model, subject.cache.pages, CHUNK, 1)
+    parts = {
+        "weights": memory.weights, "cache": memory.cache, "scoring": memory.scratch,
+        f"activations of {CHUNK:,} rows": memory.activations, "together": memory.total,
+    }  # fmt: skip
+    said = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in parts.items())
+    print(f"{memory.tokens:,} tokens will take: {said}", file=sys.stderr, flush=True)
+    return memory
 
 
 def training(rounds: int, shrink: int, device: str) -> list[Row]:

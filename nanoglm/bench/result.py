@@ -99,6 +99,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("tokens/s ", "decode_rate", ",.1f", "of decoding"),
         Column("peak GB", "peak_gb", ",.2f", "most memory the process ever held; on a GPU, in tensors"),
         Column("held GB", "held_gb", ",.2f", "of that, weights and the cache of all tokens, as known beforehand"),
+        Column("foretold GB", "foretold_gb", ",.2f", "printed before it ran: weights, cache, what scoring holds, and "
+               "activations of a chunk as if in fp32"),
     ),
     "peer": (
         Column("engine", "engine", "", "each run is a process of its own"),

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nanoglm.bench import gpu
+from nanoglm.bench import gpu, gpu_models
+from nanoglm.bench.report import report
+from nanoglm.bench.result import Result
+from nanoglm.bench.shapes import Subject, bench_nano
 from nanoglm.bench.timing import Sample
 from nanoglm.errors import InputError
 
@@ -42,3 +53,62 @@ def test_of_several_calls_in_one_run_figures_are_of_one(monkeypatch: pytest.Monk
     row = gpu.row_of(gpu.Op("four", lambda: None, 0.0, 1e9, calls=4), 3, {"flops": 1.0, "bytes": 1e12})
     assert [row[name] for name in ("ms", "low", "high")] == [5, 4, 10]
     assert row["share"] == pytest.approx(0.2) and row["rate"] == pytest.approx(200)
+
+
+class Held(TorchDispatchMode):
+    """Watches the bytes of all tensors there are, after each operator; most: of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if isinstance(x, Tensor) and not x.is_meta:
+                storage = x.untyped_storage()
+                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._held.values()))
+        return found
+
+
+def test_a_million_tokens_hold_no_more_than_was_foretold(capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as a CPU does in a second, in a whole chunk; rows are bf16 in the main, and foretold in fp32."""
+    with Held() as held:
+        (row,) = gpu_models.million(3, 128, "cpu")
+    assert row["length"] == gpu_models.CHUNK
+    beside = held.most / 1e9 - row["held_gb"]
+    assert 0 < beside < row["foretold_gb"] - row["held_gb"] < 6 * beside
+    number = r"(\d[\d.e-]*) GB"
+    said = re.fullmatch(
+        rf"8,256 tokens will take: weights {number}, cache {number}, scoring 0 GB, activations of 8,192 rows {number}, "
+        rf"together {number}\n", capsys.readouterr().err,
+    )  # fmt: skip
+    assert said is not None
+    weights, cache, activations, together = map(float, said.groups())
+    assert together == pytest.approx(row["foretold_gb"], rel=1e-2)
+    assert together == pytest.approx(weights + cache + activations, rel=1e-2)
+
+
+def test_what_is_foretold_is_what_tensors_take() -> None:
+    subject = Subject(bench_nano(), 1000)
+    memory = gpu_models.foretold(subject)
+    assert memory.weights == sum(x.nbytes for x in subject.model.state_dict().values())
+    layers, full = range(subject.config.num_hidden_layers), subject.config.full_layers
+    rows = [x.untyped_storage().nbytes() for x in (subject.cache.latent(i)[0] for i in layers)]
+    assert memory.cache == sum(rows) + sum(subject.cache.index_keys(i).nbytes for i in full)
+    assert memory.total == memory.weights + memory.cache + memory.activations + memory.scratch and not memory.scratch
+
+
+def test_a_page_shows_what_was_foretold_and_does_without(tmp_path: Path) -> None:
+    old = Path(__file__).parents[2] / "bench/results/nvidia-h200/gpu.json"
+    result = Result.load(old)
+    for foretold, head in ((None, "peak GB | held GB |\n"), (4.25, "peak GB | held GB | foretold GB |\n")):
+        if foretold:
+            result.rows["run"][0]["foretold_gb"] = foretold
+        result.save(tmp_path / "gpu.json")
+        report((tmp_path / "gpu.json",), tmp_path / "page.md")
+        text = (tmp_path / "page.md").read_text()
+        assert head in text and ("| 4.25 |\n" in text) == bool(foretold)

@@ -23,8 +23,8 @@ def alike(*tensors: Tensor) -> bool:
 
 
 def scratch() -> int:
-    """Bytes that scoring holds at most."""
-    return 8 * scoring.SCRATCH
+    """Bytes that scoring holds at most: scores, as many places, and of at least 8 neighbours the best."""
+    return 8 * scoring.SCRATCH + 4 * scoring.SCRATCH // 8
 
 
 def direct(*tensors: Tensor) -> ModuleType | None:

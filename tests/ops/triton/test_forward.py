@@ -130,6 +130,24 @@ def test_scores_that_are_no_numbers_write_nothing_beyond_the_row(device, bits: i
     assert found == sorted(set(found)) and found[0] >= 0 and found[-1] < n
 
 
+@pytest.mark.parametrize("k", [5, 80, 400])
+def test_scoring_holds_no_more_than_is_said(device: torch.device, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With groups of 64, of 8, and none; rows in several parts."""
+    monkeypatch.setattr(select, "SCRATCH", 1 << 16)
+    batch, _ = Batch.contiguous([3000]).tail([20])
+    sizes, empty = [], torch.empty
+
+    def counted(*shape: object, **options: object) -> Tensor:
+        found = empty(*shape, **options)
+        sizes.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(torch, "empty", counted)
+    run_select(torch.randn(20, 4, 8), torch.randn(20, 4), torch.randn(3000, 8), batch, k, device)
+    out, *scratch = sizes
+    assert out == 20 * k * 4 and 4 * select.SCRATCH * 0.7 < sum(scratch) <= dispatch.scratch()
+
+
 def test_select_of_nothing(device: torch.device) -> None:
     batch = Batch.build([0], [5], torch.arange(5).int()[None], 1)
     found = run_select(torch.ones(0, 1, 4), torch.ones(0, 1), torch.ones(5, 4), batch, 3, device)
