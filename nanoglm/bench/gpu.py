@@ -251,10 +251,10 @@ def attentions(length: int, shrink: int) -> Iterator[Op]:
         run = attending(inputs[:2], [inputs[2:]], selection, batch)
         op = Op(f"sparse attention, decoding {requests}", run, *gathered(requests, k))
         yield op
-        if requests <= 32:  # four pools of more would be more than smaller cards have
-            pools = [inputs[2:], *(attention_inputs(1, requests * stored)[2:] for _ in range(3))]
-            run = attending(inputs[:2], pools, selection, batch)
-            yield op._replace(name=f"{op.name}, a fourth of four layers under one Selection", run=run, calls=4)
+        # Four pools of many requests would be more than smaller cards have; what those read is more than caches hold.
+        more = [attention_inputs(1, requests * stored)[2:] if requests <= 32 else inputs[2:] for _ in range(3)]
+        run = attending(inputs[:2], [inputs[2:], *more], selection, batch)
+        yield op._replace(name=f"{op.name}, a fourth of four layers under one Selection", run=run, calls=4)
 
 
 def experts(length: int, shrink: int) -> Iterator[Op]:
