@@ -38,6 +38,26 @@ static inline void store(float* p, vf x) { *(vf_u*)p = x; }
 static inline vf splat(float x) { return x - vf{}; }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the machine can. Of two products in a sum compilers choose which one to round, here so and
+// there so; where two places must agree to the bit, this says it.
+static inline float fused(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+static inline vf fused(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int l = 0; l < LANES; l++) c[l] = fused(a[l], b[l], c[l]);
+  return c;
+#endif
+}
+
 static inline float widen(uint16_t x) {
   uint32_t bits = (uint32_t)x << 16;
   float f;

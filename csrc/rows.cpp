@@ -1,35 +1,36 @@
 // What is done to each row by itself: the root-mean-square norm, RoPE and the choice of experts (architecture spec
-// 2.2, 2.3, 2.9), fp32 inside; its way into a pool of index keys.
+// 2.2, 2.3, 2.9), fp32 inside; its way into a pool of latents or index keys.
 #include "common.h"
 
 namespace {
+template <class X> void norm_row(const X* row, const X* weight, float eps, int dim, X* y) {
+  vf lanes[PARTS] = {};  // sixteen sums, whatever a vector holds
+  float sum = 0;
+  int d = 0;
+  for (; d + GROUP <= dim; d += GROUP)
+    for (int part = 0; part < PARTS; part++) {
+      const vf v = load(row + d + part * LANES);
+      lanes[part] += v * v;
+    }
+  for (int l = 0; d + l < dim; l++) lanes[l / LANES][l % LANES] = std::fma(get(row + d + l), get(row + d + l), lanes[l / LANES][l % LANES]);
+  for (int l = 0; l < GROUP; l++) sum += lanes[l / LANES][l % LANES];
+  const float scale = 1.f / std::sqrt(sum / (float)dim + eps);
+  int i = 0;
+  for (; i + LANES <= dim; i += LANES) store(y + i, load(row + i) * scale * load(weight + i));
+  for (; i < dim; i++) put(y + i, get(row + i) * scale * get(weight + i));
+}
+
 template <class X> void norm(const X* x, int64_t step, const X* weight, float eps, int64_t count, int dim, X* y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < count; t++) {
-    const X* row = x + t * step;
-    vf lanes[PARTS] = {};  // sixteen sums, whatever a vector holds
-    float sum = 0;
-    int d = 0;
-    for (; d + GROUP <= dim; d += GROUP)
-      for (int part = 0; part < PARTS; part++) {
-        const vf v = load(row + d + part * LANES);
-        lanes[part] += v * v;
-      }
-    for (int l = 0; d + l < dim; l++) lanes[l / LANES][l % LANES] = std::fma(get(row + d + l), get(row + d + l), lanes[l / LANES][l % LANES]);
-    for (int l = 0; l < GROUP; l++) sum += lanes[l / LANES][l % LANES];
-    const float scale = 1.f / std::sqrt(sum / (float)dim + eps);
-    int i = 0;
-    for (; i + LANES <= dim; i += LANES) store(y + t * dim + i, load(row + i) * scale * load(weight + i));
-    for (; i < dim; i++) put(y + t * dim + i, get(row + i) * scale * get(weight + i));
-  }
+  for (int64_t t = 0; t < count; t++) norm_row(x + t * step, weight, eps, dim, y + t * dim);
 }
 
 // Pairs of a row turned, from `from` to `to`.
 inline void turn(const float* from, const float* cos, const float* sin, int pairs, float* to) {
   for (int i = 0; i < pairs; i++) {
     const float even = from[2 * i], odd = from[2 * i + 1];
-    to[2 * i] = even * cos[i] - odd * sin[i];
-    to[2 * i + 1] = odd * cos[i] + even * sin[i];
+    to[2 * i] = fused(even, cos[i], -(odd * sin[i]));
+    to[2 * i + 1] = fused(odd, cos[i], even * sin[i]);
   }
 }
 inline void turn(const uint16_t* from, const float* cos, const float* sin, int pairs, uint16_t* to) {
@@ -38,7 +39,7 @@ inline void turn(const uint16_t* from, const float* cos, const float* sin, int p
     vf c = {}, s = {};
     memcpy(&x, from + 2 * i, bytes), memcpy(&c, cos + i, bytes), memcpy(&s, sin + i, bytes);
     const vf even = (vf)(x << 16), odd = (vf)(x & 0xffff0000);
-    x = narrowed(even * c - odd * s) >> 16 | (narrowed(odd * c + even * s) & 0xffff0000);
+    x = narrowed(fused(even, c, -(odd * s))) >> 16 | (narrowed(fused(odd, c, even * s)) & 0xffff0000);
     memcpy(to + 2 * i, &x, bytes);
   };
   int i = 0;
@@ -62,6 +63,47 @@ template <class X> void quantise(const X* x, int64_t count, int dim, int8_t* y, 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < count; t++) scales[t] = quantise_row(x + t * dim, dim, y + t * dim);
 }
+
+// A key's dwords to their place in a packed pool.
+inline void append(const uint32_t* key, int64_t slot, int dwords, uint32_t* pool) {
+  uint32_t* to = pool + slot / GROUP * dwords * GROUP + slot % GROUP;
+  for (int d = 0; d < dwords; d++) to[d * GROUP] = key[d];
+}
+
+template <class X>
+void write_latent(const X* kv, int64_t step, const X* weight, float eps, const float* cos, const float* sin, const int64_t* slots, int64_t count, int latent,
+                  int rope, X* pool, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t t = 0; t < count; t++) {
+    X* to = pool + slots[t] * (latent + rope);
+    norm_row(kv + t * step, weight, eps, latent, to);
+    turn(kv + t * step + latent, cos + t * (rope / 2), sin + t * (rope / 2), rope / 2, to + latent);
+  }
+}
+
+template <class X>
+void write_index_keys(const float* normed, const float* cos, const float* sin, const int64_t* slots, int64_t count, int dim, int rope, bool int8, uint32_t* pool,
+                      int threads) {
+  constexpr int PER = 4 / sizeof(X);  // values in a dword
+  const int whole = (dim + PER - 1) / PER, dwords = int8 ? (dim + 3) / 4 + 1 : whole;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<X> row((size_t)(whole * PER));
+    std::vector<uint32_t> packed((size_t)dwords);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; t++) {
+      for (int i = 0; i < dim; i++) put(&row[(size_t)i], normed[t * dim + i]);
+      turn(row.data(), cos + t * (rope / 2), sin + t * (rope / 2), rope / 2, row.data());
+      if (int8) {
+        int8_t* to = (int8_t*)packed.data();
+        const float scale = quantise_row(row.data(), dim, to);
+        for (int i = 0; i < dwords * 4 - 4; i++) to[i] = (int8_t)((i < dim ? to[i] : 0) ^ 0x80);  // 128 more, as unsigned
+        memcpy(to + dwords * 4 - 4, &scale, 4);
+      }
+      append(int8 ? packed.data() : (const uint32_t*)row.data(), slots[t], dwords, pool);
+    }
+  }
+}
 }  // namespace
 
 // x [count, dim] -> int8 [count, dim] and scales [count], the largest value of a row becoming 127.
@@ -73,10 +115,23 @@ EXPORT void nanoglm_quantise(int bf16, const void* x, int64_t count, int dim, in
 // Keys [count, dwords] to these places of a packed pool, [groups, dwords, 16].
 EXPORT void nanoglm_append(const uint32_t* keys, const int64_t* slots, int64_t count, int dwords, uint32_t* pool, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t t = 0; t < count; t++) {
-    uint32_t* to = pool + slots[t] / GROUP * dwords * GROUP + slots[t] % GROUP;
-    for (int d = 0; d < dwords; d++) to[d * GROUP] = keys[t * dwords + d];
-  }
+  for (int64_t t = 0; t < count; t++) append(keys + t * dwords, slots[t], dwords, pool);
+}
+
+// Of kv [count, latent + rope], rows `step` values apart, the latents normed by weight [latent] and the rope keys turned by
+// cos and sin [count, rope / 2], to these rows of a pool [rows, latent + rope].
+EXPORT void nanoglm_write_latent(int bf16, const void* kv, int64_t step, const void* weight, float eps, const float* cos, const float* sin, const int64_t* slots,
+                                 int64_t count, int latent, int rope, void* pool, int threads) {
+  if (bf16) write_latent((const uint16_t*)kv, step, (const uint16_t*)weight, eps, cos, sin, slots, count, latent, rope, (uint16_t*)pool, threads);
+  else write_latent((const float*)kv, step, (const float*)weight, eps, cos, sin, slots, count, latent, rope, (float*)pool, threads);
+}
+
+// Index keys [count, dim] after their norm, cast to bf16 if so, their first dims turned by cos and sin [count, rope / 2], to
+// these places of a packed pool of that dtype or of int8.
+EXPORT void nanoglm_write_index_keys(int bf16, const float* normed, const float* cos, const float* sin, const int64_t* slots, int64_t count, int dim, int rope,
+                                     int int8, uint32_t* pool, int threads) {
+  if (bf16) write_index_keys<uint16_t>(normed, cos, sin, slots, count, dim, rope, int8, pool, threads);
+  else write_index_keys<float>(normed, cos, sin, slots, count, dim, rope, int8, pool, threads);
 }
 
 // x [count, dim] with rows `step` values apart, weight [dim], y [count, dim].

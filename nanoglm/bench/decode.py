@@ -12,6 +12,7 @@ from nanoglm.bench.prefill import rows, shape
 from nanoglm.bench.result import Result
 from nanoglm.bench.shapes import PATTERNS, Subject, bench_nano, make, random_ids
 from nanoglm.bench.timing import Parts, Progress, check_lengths, check_rounds, interleave, parts_of
+from nanoglm.model.keys import IndexKeys, Latents
 
 TOKENS = 30  # at least so many are timed
 
@@ -59,19 +60,20 @@ def decode(
     return result
 
 
+@torch.no_grad()
 def fill(subject: Subject, length: int) -> None:
     """Random latents and index keys up to ``length`` tokens."""
-    config, cache = subject.config, subject.cache
+    config, cache, model = subject.config, subject.cache, subject.model
     while (held := cache.length(subject.request)) < length:
         count = min(8192, length - held)
         batch = cache.extend([subject.request], [count])
-        for layer in range(config.num_hidden_layers):
-            cache.write_latent(
-                layer, torch.randn(count, config.kv_lora_rank).to(subject.dtype),
-                torch.randn(count, config.qk_rope_head_dim).to(subject.dtype), batch,
-            )  # fmt: skip
-            if config.has_indexer(layer):
-                cache.write_index_keys(layer, torch.randn(count, config.index_head_dim).to(subject.dtype), batch)
+        rotary = model.rotary(batch.turns)
+        for layer, attention in enumerate(block.self_attn for block in model.layers):
+            latents = torch.randn(count, config.kv_lora_rank + config.qk_rope_head_dim).to(subject.dtype)
+            cache.write_latent(layer, Latents(latents, attention.kv_a_layernorm, rotary), batch)
+            if attention.indexer is not None:
+                keys = torch.randn(count, config.index_head_dim).to(subject.dtype)
+                cache.write_index_keys(layer, IndexKeys(keys, attention.indexer.k_norm, rotary), batch)
 
 
 def bytes_read(subject: Subject, length: int) -> int:

@@ -22,7 +22,8 @@ from torch import Tensor
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
 from nanoglm.memory import keep_freed
-from nanoglm.ops import Batch, cache_append, index_append, index_pool
+from nanoglm.model.keys import IndexKeys, Latents
+from nanoglm.ops import Batch, index_pool
 
 PAGE = 64
 
@@ -156,15 +157,15 @@ class PagedCache:
         return sum(pool.nbytes // (pool.shape[0] * PAGE) for pool in pools)
 
     # ---------------------------------------------------------------- the model's Store
-    def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
-        cache_append(self._keys[layer], torch.cat([latent_TC, rope_TR], 1), batch.slots)
+    def write_latent(self, layer: int, latents: Latents, batch: Batch) -> None:
+        latents.write(self._keys[layer], batch.slots)
 
     def latent(self, layer: int) -> tuple[Tensor, Tensor]:
         latent_NC, rope_NR = self._keys[layer].flatten(0, 1).split(self._widths, 1)
         return latent_NC, rope_NR
 
-    def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
-        index_append(self._index_keys[layer], keys_TI, batch.slots)
+    def write_index_keys(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
+        keys.write(self._index_keys[layer], batch.slots)
 
     def index_keys(self, layer: int) -> Tensor:
         return self._index_keys[layer]

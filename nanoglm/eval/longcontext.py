@@ -33,6 +33,7 @@ from nanoglm.cache import PAGE, PagedCache
 from nanoglm.engine.generate import PREFILL_CHUNK
 from nanoglm.errors import InputError
 from nanoglm.model import GLM, BatchStore, Output, Tape
+from nanoglm.model.keys import IndexKeys
 from nanoglm.ops import Batch
 from nanoglm.ops.batch import storage_rows
 from nanoglm.tasks import ASK, Example, Task, answers, draw
@@ -153,9 +154,9 @@ class _Cache(PagedCache):
         super().__init__(model.config, -(-tokens // PAGE), dtype=weight.dtype, device=weight.device)
         self.plain = defaultdict[int, list[Tensor]](list)
 
-    def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
-        self.plain[layer].append(keys_TI)
-        super().write_index_keys(layer, keys_TI, batch)
+    def write_index_keys(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
+        self.plain[layer].append(keys.finished())
+        super().write_index_keys(layer, keys, batch)
 
 
 @dataclass

@@ -5,7 +5,7 @@ the Shared layers after it attend under. Traps (architecture spec 8): RoPE turns
 here (the last in the main attention) and is interleaved; the key norm is a LayerNorm with bias and
 eps 1e-6; head weights may be negative and are taken in fp32; a token may select itself.
 
-Shape legend: T tokens, D hidden, Q query latent, J indexer heads, I index dim, R rope, K selected.
+Shape legend: T tokens, D hidden, Q query latent, J indexer heads, I index dim, K selected.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from nanoglm.config import GLMConfig
+from nanoglm.model.keys import IndexKeys
 from nanoglm.model.layers import LayerNorm, Linear, Rotary
 
 
@@ -37,9 +38,9 @@ class Indexer(nn.Module):
         self.k_norm = LayerNorm(self.dim)
         self.weights_proj = Linear(config.hidden_size, self.heads)
 
-    def keys(self, x_TD: Tensor, rotary: Rotary) -> Tensor:
+    def keys(self, x_TD: Tensor, rotary: Rotary) -> IndexKeys:
         """Index keys [T, I] of the layer's normed hidden state, which enters detached."""
-        return self._rope_first(self.k_norm(self.wk(x_TD.detach())), rotary)
+        return IndexKeys(self.wk(x_TD.detach()), self.k_norm, rotary)
 
     def queries(self, x_TD: Tensor, cq_TQ: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Queries [T, J, I] and weights fp32 [T, J]. x: the layer's normed hidden state; cq: the normed query
@@ -47,7 +48,4 @@ class Indexer(nn.Module):
         x_TD, cq_TQ = x_TD.detach(), cq_TQ.detach()
         q_TJI = self.wq_b(cq_TQ).unflatten(-1, (self.heads, self.dim))
         weights_TJ = self.weights_proj.forward_fp32(x_TD) * (self.heads * self.dim) ** -0.5
-        return self._rope_first(q_TJI, rotary), weights_TJ
-
-    def _rope_first(self, x: Tensor, rotary: Rotary) -> Tensor:
-        return rotary(x, reuse=True)
+        return rotary.first(q_TJI), weights_TJ

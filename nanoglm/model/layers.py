@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoglm import ops
@@ -54,8 +53,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        weight, bias = ops.wide(self.weight), ops.wide(self.bias)
-        return F.layer_norm(ops.wide(x_TD), weight.shape, weight, bias, self.eps).to(x_TD.dtype)
+        return ops.layer_norm(x_TD, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, eq=False)  # tensors compare element by element; compilers hash what they see
@@ -76,9 +74,13 @@ class Rotary:
         angles = positions[:, None].float() * (1.0 / theta**exponents)
         return cls(angles.cos(), angles.sin())
 
-    def __call__(self, x: Tensor, reuse: bool = False) -> Tensor:
-        """x [T, ...] or [T, H, ...] -> the same shape and dtype, its first R dims rotated. reuse: as of ops.rotate."""
-        return ops.rotate(x, self.cos, self.sin, reuse)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, R] or [T, H, R] -> the same shape and dtype, rotated."""
+        return ops.rotate(x, self.cos, self.sin)
+
+    def first(self, x: Tensor) -> Tensor:
+        """x [T, I] or [T, J, I], needed no more -> its first R dims rotated, the others as they are: the indexer's RoPE."""
+        return ops.rotate(x, self.cos, self.sin, reuse=True)
 
 
 class MLP(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nanoglm import ops
 from nanoglm.config import GLMConfig
 from nanoglm.model.indexer import Indexer, IndexerInputs
+from nanoglm.model.keys import Latents
 from nanoglm.model.layers import Linear, RMSNorm
 from nanoglm.model.step import Pass
 
@@ -58,8 +59,8 @@ class MLA(nn.Module):
 
     def write_keys(self, x_TD: Tensor, step: Pass) -> None:
         """Keeps the latents and, on a Full layer, the index keys of these tokens."""
-        c_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split([self.latent, self.rope], -1)
-        step.store.write_latent(self.layer, self.kv_a_layernorm(c_TC), step.rotary(k_rope_TR), step.batch)
+        latents = Latents(self.kv_a_proj_with_mqa(x_TD), self.kv_a_layernorm, step.rotary)
+        step.store.write_latent(self.layer, latents, step.batch)
         if self.indexer is not None and (step.attention != "dense" or step.recording is not None):
             step.store.write_index_keys(self.layer, self.indexer.keys(x_TD, step.rotary), step.batch)
 

@@ -10,20 +10,21 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nanoglm.model.keys import IndexKeys, Latents
 from nanoglm.ops import Batch
 
 
 class Store(Protocol):
     """Storage rows per layer; rows are addressed by the batch's page table."""
 
-    def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
-        """Keeps this batch's normed latents and rotated rope keys."""
+    def write_latent(self, layer: int, latents: Latents, batch: Batch) -> None:
+        """Keeps this batch's latents and rope keys, after norm and RoPE."""
 
     def latent(self, layer: int) -> tuple[Tensor, Tensor]:
         """All storage rows of a layer: latent [N, C] and rope [N, R]."""
         ...
 
-    def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
+    def write_index_keys(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
         """Keeps this batch's index keys, after norm and RoPE (Full layers only)."""
 
     def index_keys(self, layer: int) -> Tensor:
@@ -38,14 +39,14 @@ class BatchStore:
         self._latent: dict[int, tuple[Tensor, Tensor]] = {}
         self._index_keys: dict[int, Tensor] = {}
 
-    def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
-        self._latent[layer] = latent_TC, rope_TR
+    def write_latent(self, layer: int, latents: Latents, batch: Batch) -> None:
+        self._latent[layer] = latents.finished()
 
     def latent(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._latent[layer]
 
-    def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
-        self._index_keys[layer] = keys_TI
+    def write_index_keys(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
+        self._index_keys[layer] = keys.finished()
 
     def index_keys(self, layer: int) -> Tensor:
         return self._index_keys[layer]

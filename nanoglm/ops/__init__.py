@@ -5,7 +5,7 @@ and autograd, so devices, ``torch.compile`` and autograd work as PyTorch users e
 registers a kernel for its device under the same name; ``torch_tiled`` serves every other device,
 and ``reference`` is each op's specification in the obvious form, for tests.
 
-Pure ops return new tensors and alias no input. :func:`cache_append` and :func:`index_append` alone mutate.
+Pure ops return new tensors and alias no input. Those under *cache* alone mutate: a pool, in place.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from nanoglm.ops import cpu, kl, torch_tiled
 from nanoglm.ops.batch import Batch
 from nanoglm.ops.cpu import quantise
 from nanoglm.ops.kl import attention as attention_of
-from nanoglm.ops.torch_tiled import dense_attention, sigmoid, silu, wide
+from nanoglm.ops.torch_tiled import dense_attention, layer_norm, sigmoid, silu, wide
 from nanoglm.ops.work import Work, count_work
 
 __all__ = [
     "Batch", "Work", "attention_of", "cache_append", "captures", "count_work", "dense_attention", "experts",
-    "experts_int8", "headwise", "index_append", "index_pool", "indexer_kl", "linear", "linear_fp32", "mlp", "quantise",
-    "rms_norm", "rotate", "scratch", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
+    "experts_int8", "headwise", "index_append", "index_pool", "indexer_kl", "layer_norm", "linear", "linear_fp32",
+    "mlp", "quantise", "rms_norm", "rotate", "scratch", "select", "sigmoid", "silu", "sparse_attention", "top", "wide",
+    "write_index_keys", "write_latent",
 ]  # fmt: skip
 
 
@@ -424,3 +425,64 @@ def index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     """Writes index keys [T, I] into a pool of :func:`index_pool` at storage rows slots int64 [T]."""
     run = cpu.append_packed if cpu.direct(keys) and pool.ndim > 3 else _index_append
     run(pool, keys, slots)
+
+
+# What attention and indexers keep of a token, from their projections to the pool. Where no kernel serves, and nobody
+# traces, these are the ops they consist of.
+@torch.library.custom_op("nanoglm::write_latent", mutates_args=("pool",))
+def _write_latent(
+    pool: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:  # fmt: skip
+    if kernels := cpu.direct(pool, kv, weight) or _gpu_rows(pool, kv, weight):
+        kernels.write_latent(pool, kv, weight, eps, cos, sin, slots)
+        return
+    latent, rope = kv.split([len(weight), kv.shape[1] - len(weight)], 1)
+    cache_append(pool, torch.cat([rms_norm(latent, weight, eps), rotate(rope, cos, sin)], 1), slots)
+
+
+@_write_latent.register_fake
+def _(pool: Tensor, *_: Any) -> None:
+    return None
+
+
+def write_latent(
+    pool: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:  # fmt: skip
+    """:func:`rms_norm` of the first C of kv [T, C + R] by weight [C], :func:`rotate` of the last R by cos and sin
+    fp32 [T, R / 2], and :func:`cache_append` to pool [pages, page_size, C + R] at storage rows slots int64 [T], in one.
+    No gradient; on a CPU the same bits (architecture spec 2.4, steps 3 and 4)."""
+    kernels = cpu.direct(pool, kv, weight) or _gpu_rows(pool, kv, weight)
+    (kernels.write_latent if kernels else _write_latent)(pool, kv, weight, eps, cos, sin, slots)
+
+
+@torch.library.custom_op("nanoglm::write_index_keys", mutates_args=("pool",))
+def _write_index_keys(
+    pool: Tensor, keys: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:
+    if kernels := _index_kernels(pool, keys, weight, bias):
+        kernels.write_index_keys(pool, keys, weight, bias, eps, cos, sin, slots)
+        return
+    first, rest = layer_norm(keys, weight, bias, eps).split([2 * cos.shape[1], keys.shape[1] - 2 * cos.shape[1]], 1)
+    index_append(pool, torch.cat([rotate(first, cos, sin), rest], 1), slots)
+
+
+@_write_index_keys.register_fake
+def _(pool: Tensor, *_: Any) -> None:
+    return None
+
+
+def write_index_keys(
+    pool: Tensor, keys: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:
+    """:func:`layer_norm` of keys [T, I] by weight and bias [I], :func:`rotate` of their *first* R dims by cos and sin
+    fp32 [T, R / 2], and :func:`index_append` to a pool of :func:`index_pool` at storage rows slots int64 [T], in one.
+    No gradient; on a CPU the same bits (architecture spec 2.6, steps 2 and 3)."""
+    kernels = _index_kernels(pool, keys, weight, bias)
+    (kernels.write_index_keys if kernels else _write_index_keys)(pool, keys, weight, bias, eps, cos, sin, slots)
+
+
+def _index_kernels(pool: Tensor, keys: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    """Those that write such keys into such a pool: of their dtype or quantised; on a CPU a packed one."""
+    if pool.dtype not in (keys.dtype, torch.uint8):
+        return None
+    return (cpu.direct(keys, weight, bias) if pool.ndim > 3 else None) or _gpu_rows(keys, weight, bias)

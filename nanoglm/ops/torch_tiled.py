@@ -75,6 +75,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x_wide * wide(weight)).to(x.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm with weight and bias in fp32, one cast."""
+    return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps).to(x.dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (x_2i, x_2i+1) of x [T, ...] or [T, H, ...] turned by the angles of cos and sin [T, R / 2]; dims behind R
     stay."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nanoglm.errors import InputError
 from nanoglm.model import BatchStore
+from nanoglm.model.keys import IndexKeys, Latents
 from nanoglm.ops import Batch
 from nanoglm.train.data import Sample
 
@@ -136,13 +137,14 @@ class _GatheringStore(BatchStore):
         super().__init__()
         self.part = part
 
-    def write_latent(self, layer: int, latent_TC: Tensor, rope_TR: Tensor, batch: Batch) -> None:
+    def write_latent(self, layer: int, latents: Latents, batch: Batch) -> None:
+        latent_TC, rope_TR = latents.finished()
         both_NA = self.part.context.gather(torch.cat([latent_TC, rope_TR], -1), self.part.most)
         latent_NC, rope_NR = both_NA.split([latent_TC.shape[-1], rope_TR.shape[-1]], -1)
-        super().write_latent(layer, latent_NC, rope_NR, batch)
+        self._latent[layer] = latent_NC, rope_NR
 
-    def write_index_keys(self, layer: int, keys_TI: Tensor, batch: Batch) -> None:
-        super().write_index_keys(layer, self.part.context.gather(keys_TI, self.part.most), batch)
+    def write_index_keys(self, layer: int, keys: IndexKeys, batch: Batch) -> None:
+        self._index_keys[layer] = self.part.context.gather(keys.finished(), self.part.most)
 
 
 class _Gather(torch.autograd.Function):

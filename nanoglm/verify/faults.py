@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanoglm import config, ops
 from nanoglm.cache import PagedCache
-from nanoglm.model import glm, indexer, layers, mla, moe, mtp
+from nanoglm.model import glm, indexer, keys, layers, mla, moe, mtp
 from nanoglm.ops import cpu, torch_tiled
 from nanoglm.weights import fp8, names
 
@@ -46,6 +46,21 @@ def _plant(name: str, trap: str, *patches: tuple[Any, str, Any]) -> None:
     FAULTS.append(Fault(name, trap, patches))
 
 
+# A cache writes keys in one op with norm and RoPE: mistakes in these are planted into the pieces, which then run.
+def _write_finished_latent(self: PagedCache, layer: int, latents: keys.Latents, batch: ops.Batch) -> None:
+    ops.cache_append(self._keys[layer], torch.cat(latents.finished(), 1), batch.slots)
+
+
+def _write_finished_keys(self: PagedCache, layer: int, index_keys: keys.IndexKeys, batch: ops.Batch) -> None:
+    ops.index_append(self._index_keys[layer], index_keys.finished(), batch.slots)
+
+
+_in_pieces = (
+    (PagedCache, "write_latent", _write_finished_latent),
+    (PagedCache, "write_index_keys", _write_finished_keys),
+)
+
+
 # ------------------------------------------------------------------------------- RoPE
 def _half_split(self: layers.Rotary, x: Tensor) -> Tensor:
     cos, sin = (self.cos, self.sin) if x.ndim == 2 else (self.cos[:, None], self.sin[:, None])
@@ -53,12 +68,14 @@ def _half_split(self: layers.Rotary, x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def _indexer_half_split(self: indexer.Indexer, x: Tensor, rotary: layers.Rotary) -> Tensor:
-    return torch.cat([_half_split(rotary, x[..., : 2 * rotary.cos.shape[1]]), x[..., 2 * rotary.cos.shape[1] :]], -1)
+def _indexer_half_split(self: layers.Rotary, x: Tensor) -> Tensor:
+    rope = 2 * self.cos.shape[-1]
+    return torch.cat([_half_split(self, x[..., :rope]), x[..., rope:]], -1)
 
 
-def _rope_last(self: indexer.Indexer, x: Tensor, rotary: layers.Rotary) -> Tensor:
-    return torch.cat([x[..., : -2 * rotary.cos.shape[1]], rotary(x[..., -2 * rotary.cos.shape[1] :])], -1)
+def _rope_last(self: layers.Rotary, x: Tensor) -> Tensor:
+    rope = 2 * self.cos.shape[-1]
+    return torch.cat([x[..., :-rope], self(x[..., -rope:])], -1)
 
 
 _rotary_at = layers.Rotary.at
@@ -73,9 +90,9 @@ def _width_192(self: glm.GLM, positions: Tensor) -> layers.Rotary:
     return layers.Rotary(wide.cos[:, :half], wide.sin[:, :half])
 
 
-_plant("indexer RoPE half-split", "8.1", (indexer.Indexer, "_rope_first", _indexer_half_split))
-_plant("indexer RoPE on the last dims", "8.3", (indexer.Indexer, "_rope_first", _rope_last))
-_plant("main RoPE half-split", "8.7", (layers.Rotary, "__call__", _half_split))
+_plant("indexer RoPE half-split", "8.1", (layers.Rotary, "first", _indexer_half_split), *_in_pieces)
+_plant("indexer RoPE on the last dims", "8.3", (layers.Rotary, "first", _rope_last), *_in_pieces)
+_plant("main RoPE half-split", "8.7", (layers.Rotary, "__call__", _half_split), *_in_pieces)
 _plant("RoPE positions in bf16", "8.16", (layers.Rotary, "at", staticmethod(_bf16_positions)))
 _plant("RoPE width from config's head_dim", "8.8", (glm.GLM, "rotary", _width_192))
 
@@ -165,9 +182,9 @@ def _self_excluded(
 # These three lie inside scoring: they are planted into the PyTorch backend, which then runs.
 _torch_backend = (cpu, "best", lambda: None)
 _plant("indexer without ReLU", "8.6", _torch_backend, (torch_tiled, "_best_keys", _no_relu))
-_plant("k_norm as RMSNorm", "8.2", (layers.LayerNorm, "forward", _rms))
-_plant("k_norm without its bias", "8.2", (layers.LayerNorm, "forward", _no_bias))
-_plant("k_norm with eps 1e-5", "8.2", (layers.LayerNorm, "forward", _eps_1e_5))
+_plant("k_norm as RMSNorm", "8.2", (layers.LayerNorm, "forward", _rms), *_in_pieces)
+_plant("k_norm without its bias", "8.2", (layers.LayerNorm, "forward", _no_bias), *_in_pieces)
+_plant("k_norm with eps 1e-5", "8.2", (layers.LayerNorm, "forward", _eps_1e_5), *_in_pieces)
 _plant("head weights without n_heads^-0.5", "2.6", (indexer.Indexer, "queries", _weights(_without_head_scale)))
 _plant("softmax over head weights", "2.6", (indexer.Indexer, "queries", _weights(_softmax_weights)))
 _plant("head weights in bf16", "2.6", (indexer.Indexer, "queries", _weights(_bf16_weights)))
@@ -230,7 +247,7 @@ def _latent_eps(self: mla.MLA, c: config.GLMConfig, layer: int) -> None:
 
 
 _plant("scale 576^-0.5 in the absorbed form", "2.5", (mla.MLA, "__init__", _scale_576))
-_plant("un-normed latent cached", "2.4", (mla.MLA, "__init__", _raw_latent))
+_plant("un-normed latent cached", "2.4", (mla.MLA, "__init__", _raw_latent), *_in_pieces)
 _plant("latent norms with another eps", "8.5", (mla.MLA, "__init__", _latent_eps))
 _plant("attention to every token", "2.6", (glm.GLM, "forward", _dense))
 
@@ -239,10 +256,10 @@ _plant("attention to every token", "2.6", (glm.GLM, "forward", _dense))
 _write_index_keys = PagedCache.write_index_keys
 
 
-def _short_prefill(self: PagedCache, layer: int, keys: Tensor, batch: ops.Batch) -> None:
+def _short_prefill(self: PagedCache, layer: int, index_keys: keys.IndexKeys, batch: ops.Batch) -> None:
     """All of a short prefix is selected anyway, so its keys are not kept; later rows look for them."""
     if max(batch.lengths) > 16:
-        _write_index_keys(self, layer, keys, batch)
+        _write_index_keys(self, layer, index_keys, batch)
 
 
 _plant("short prefill leaves index keys unwritten", "2.6", (PagedCache, "write_index_keys", _short_prefill))

@@ -127,6 +127,83 @@ def test_append_equals_indexing(isa, count, dim, dtype, seed):
     assert torch.equal(*found)
 
 
+def places(count: int) -> Tensor:
+    """Drawn rows of five pages, none twice."""
+    return torch.randperm(5 * PAGE)[:count]
+
+
+@drawn
+@given(
+    st.integers(0, 300), st.integers(1, 150) | st.sampled_from([64, 512]), st.integers(1, 40), st.integers(0, 5),
+    DTYPES, DTYPES, st.integers(0, 99),
+)  # fmt: skip
+def test_written_latents_have_the_bits_of_the_ops_they_consist_of(
+    isa, count, latent, half, beside, dtype, pool_dtype, seed
+) -> None:
+    """As slices of something wider, to drawn places, what lies beside them stays; and of a pool of another dtype."""
+    torch.manual_seed(seed)
+    kv = (torch.randn(count, latent + 2 * half + beside) * torch.rand(count, 1) ** 9).to(dtype)[:, beside:]
+    weight, angles, slots = torch.randn(latent).to(dtype), torch.randn(count, half), places(count)
+    cos, sin = angles.cos(), angles.sin()
+    found, expected = (torch.full((5, PAGE, latent + 2 * half), 7.0, dtype=pool_dtype) for _ in range(2))
+    ops.write_latent(found, kv, weight, 1e-5, cos, sin, slots)
+    parts = ops.rms_norm(kv[:, :latent], weight, 1e-5), ops.rotate(kv[:, latent:], cos, sin)
+    ops.cache_append(expected, torch.cat(parts, 1), slots)
+    assert torch.equal(found, expected)
+
+
+@drawn
+@given(
+    st.integers(0, 300), st.integers(1, 40), st.integers(0, 90), st.integers(0, 5), DTYPES,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int8]), st.integers(0, 99),
+)  # fmt: skip
+def test_written_index_keys_have_the_bits_of_the_ops_they_consist_of(
+    isa, count, half, unturned, beside, dtype, pool_dtype, seed
+) -> None:
+    torch.manual_seed(seed)
+    rope, dim = 2 * half, 2 * half + unturned
+    keys = torch.randn(count, dim + beside).to(dtype)[:, beside:]
+    weight, bias, angles, slots = (
+        torch.randn(dim).to(dtype),
+        torch.randn(dim).to(dtype),
+        torch.randn(count, half),
+        places(count),
+    )
+    cos, sin = angles.cos(), angles.sin()
+    found, expected = (ops.index_pool(5, PAGE, dim, pool_dtype) for _ in range(2))
+    for pool in (found, expected):
+        pool.view(torch.uint8).fill_(7)
+    ops.write_index_keys(found, keys, weight, bias, 1e-6, cos, sin, slots)
+    normed = F.layer_norm(keys.float(), (dim,), weight.float(), bias.float(), 1e-6).to(dtype)
+    ops.index_append(expected, torch.cat([ops.rotate(normed[:, :rope], cos, sin), normed[:, rope:]], 1), slots)
+    assert found.ndim > 3 and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_written_bits_do_not_depend_on_threads_or_neighbours(isa: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    count, plain = 5 * PAGE, torch.float32 if dtype == torch.int8 else dtype
+    kv, weight, angles = torch.randn(count, 512 + 64).to(plain), torch.randn(512).to(plain), torch.randn(count, 32)
+    cos, sin, slots, bias = angles.cos(), angles.sin(), places(count), torch.randn(512).to(plain)
+
+    def written(rows: list[slice]) -> list[Tensor]:
+        pools = torch.zeros(5, PAGE, 576, dtype=plain), ops.index_pool(5, PAGE, 512, dtype)
+        for row in rows:
+            rest = 1e-5, cos[row], sin[row], slots[row]
+            ops.write_latent(pools[0], kv[row], weight, *rest)
+            ops.write_index_keys(pools[1], kv[row, :512], weight, bias, *rest)
+        return [pool.view(torch.uint8) for pool in pools]
+
+    before = torch.get_num_threads()
+    try:
+        whole = written([slice(None)])
+        torch.set_num_threads(3)
+        for rows in ([slice(None)], [slice(row, row + 1) for row in range(count)]):
+            assert all(torch.equal(a, b) for a, b in zip(written(rows), whole, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 @drawn
 @given(st.integers(1, 300), st.integers(1, 150), st.integers(1, 140), st.integers(1, 3), DTYPES, st.integers(0, 99))
 def test_linear_and_headwise_equal_torch(isa: str, rows, inputs, outputs, heads, dtype, seed) -> None:

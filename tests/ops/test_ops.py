@@ -11,7 +11,10 @@ from nanoglm import ops
 from nanoglm.cache import PagedCache
 from nanoglm.config import GLMConfig
 from nanoglm.errors import InputError
-from nanoglm.ops import Batch, count_work, reference, torch_tiled
+from nanoglm.model import GLM
+from nanoglm.model.keys import IndexKeys, Latents
+from nanoglm.model.layers import Rotary
+from nanoglm.ops import Batch, count_work, cpu, reference, torch_tiled
 
 shapes = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -189,6 +192,12 @@ def test_registered_with_torch_library() -> None:
     torch.library.opcheck(torch.ops.nanoglm.experts.default, (leaves[0], ids, *leaves[1:]))
     slots = torch.tensor([3, 70])
     torch.library.opcheck(torch.ops.nanoglm.cache_append.default, (torch.zeros(2, 64, 3), torch.ones(2, 3), slots))
+    turn = torch.randn(2, 2), torch.randn(2, 2), slots
+    pool, kv, weight = torch.zeros(2, 64, 9), torch.randn(2, 9), torch.ones(5)
+    torch.library.opcheck(torch.ops.nanoglm.write_latent.default, (pool, kv, weight, 1e-5, *turn))
+    for pool in (torch.zeros(2, 64, 9), ops.index_pool(2, 64, 9), ops.index_pool(2, 64, 9, torch.int8)):
+        args = pool, kv, torch.ones(9), torch.ones(9), 1e-6, *turn
+        torch.library.opcheck(torch.ops.nanoglm.write_index_keys.default, args)
 
 
 def test_work_is_counted() -> None:
@@ -204,13 +213,14 @@ def test_work_is_counted() -> None:
     assert work.rows_attended == sum(min(t + 1, 10) for n in (100, 33) for t in range(n))
 
 
-def test_cache_append_is_the_only_mutator() -> None:
-    """No op returns an alias of an input, and none but cache_append writes to one."""
+def test_nothing_but_pools_is_mutated() -> None:
+    """No op returns an alias of an input, and none but those of the cache write to one."""
     for op in (torch.ops.nanoglm.select, torch.ops.nanoglm.sparse_attention, torch.ops.nanoglm.experts):
         schema = op.default._schema
         assert not any(a.alias_info for a in [*schema.arguments, *schema.returns])
-    schema = torch.ops.nanoglm.cache_append.default._schema
-    assert [a.name for a in schema.arguments if a.alias_info] == ["pool"] and not schema.returns
+    for name in ("cache_append", "index_append", "write_latent", "write_index_keys"):
+        schema = getattr(torch.ops.nanoglm, name).default._schema
+        assert [a.name for a in schema.arguments if a.alias_info] == ["pool"] and not schema.returns
 
 
 def test_empty_sequence_is_refused() -> None:
@@ -223,10 +233,18 @@ def test_paged_store_writes_where_the_table_says() -> None:
     cache = PagedCache(config, 6)
     first, second = cache.open(), cache.open()
     batch = cache.extend([first, second], [70, 3])
-    values = torch.arange(73.0)[:, None].expand(73, config.kv_lora_rank)
-    cache.write_latent(0, values, torch.zeros(73, config.qk_rope_head_dim), batch)
-    rows = cache.latent(0)[0][batch.slots]
-    assert torch.equal(rows, values)
+    layer, rotary = (
+        GLM(config).initialise().layers[0].self_attn,
+        Rotary.at(batch.positions, config.qk_rope_head_dim, 1e4),
+    )
+    latents = Latents(torch.randn(73, config.kv_lora_rank + config.qk_rope_head_dim), layer.kv_a_layernorm, rotary)
+    keys = IndexKeys(torch.randn(73, config.index_head_dim), layer.indexer.k_norm, rotary)
+    with torch.no_grad():
+        cache.write_latent(0, latents, batch)
+        cache.write_index_keys(0, keys, batch)
+        found = [x[batch.slots] for x in (*cache.latent(0), cpu.unpack(cache.index_keys(0), config.index_head_dim))]
+        for a, b in zip(found, (*latents.finished(), keys.finished()), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ _SIGNATURES = {  # of csrc's exported functions
     "top": "pqiipi",
     "quantise": "ipqippi",
     "append": "ppqipi",
+    "write_latent": "ipqpfpppqiipi",
+    "write_index_keys": "ippppqiiipi",
 }
 
 
@@ -241,6 +243,36 @@ class Library:
         self.handle.nanoglm_append(
             keys.data_ptr(), slots.data_ptr(), count, dwords, pool.data_ptr(), _threads(keys.numel())
         )
+
+    def write_latent(
+        self, pool: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+    ) -> None:
+        """kv [T, C + R], normed and rotated, to rows slots int64 [T] of a pool [pages, page_size, C + R]."""
+        assert pool.is_contiguous()
+        if kv.stride(1) != 1:
+            kv = kv.contiguous()
+        cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
+        latent = weight.shape[0]
+        self.handle.nanoglm_write_latent(
+            _bf16(kv), kv.data_ptr(), kv.stride(0), weight.data_ptr(), eps, cos.data_ptr(), sin.data_ptr(),
+            slots.data_ptr(), kv.shape[0], latent, kv.shape[1] - latent, pool.data_ptr(), _threads(kv.numel()),
+        )  # fmt: skip
+
+    def write_index_keys(
+        self, pool: Tensor, keys: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor,
+        slots: Tensor,
+    ) -> None:  # fmt: skip
+        """Keys [T, I], normed and rotated, to rows slots int64 [T] of a packed pool of their dtype or int8.
+
+        The norm is torch's, as in training: bits follow from the order in which it adds up.
+        """
+        assert pool.is_contiguous()
+        normed = torch_tiled.layer_norm(keys.float(), weight, bias, eps)
+        cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
+        self.handle.nanoglm_write_index_keys(
+            _bf16(keys), normed.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), *keys.shape,
+            2 * cos.shape[1], pool.dtype is torch.uint8, pool.data_ptr(), _threads(keys.numel()),
+        )  # fmt: skip
 
     def top(self, scores: Tensor, k: int) -> Tensor:
         """fp32 [T, n] -> int64 [T, k]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanoglm.ops.triton import attention, hopper, select
+from nanoglm.ops.triton import attention, hopper, rows, select
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
 
@@ -60,5 +60,16 @@ def cases(architecture: str) -> list[Case]:
         found.append((attention._attend, out, constants, {"num_warps": attention_tiles.warps}))
     for places, warps in ((1024, 4), (4096, 16)):
         found.append((select._choose, chosen, {"GROUP": 16, "PLACES": places}, {"num_warps": warps}))
+    turned = {"cos": "fp32", "sin": "fp32", "slots": "i64"}
+    latents = signature({"pool": "bf16", "kv": "bf16", "weight": "bf16"} | turned, "kv_row latent half", "eps")
+    found.append((rows._write_latent, latents, {"LATENT": 512, "HALF": 32}, {"num_warps": 4}))
+    keys = signature(
+        {"pool": "bf16", "scales": "fp32", "keys": "bf16", "weight": "bf16", "bias": "bf16"} | turned,
+        "key_row pool_page scale_page page_size dim half", "eps",
+    )  # fmt: skip
+    found.append((rows._write_index_keys, keys, {"SCALED": False, "PAIRS": 64}, {"num_warps": 1}))
+    if architecture.startswith("sm_"):
+        eight = keys | {"pool": "*fp8e4nv"}
+        found.append((rows._write_index_keys, eight, {"SCALED": True, "PAIRS": 64}, {"num_warps": 1}))
     found.append((attention._join, joined, {"SPLITS": 16, "LATENT": 512}, {"num_warps": 4}))
     return found

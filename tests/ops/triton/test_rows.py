@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and SwiGLU equal their plain versions on drawn shapes."""
+"""RMSNorm, RoPE and SwiGLU equal their plain versions on drawn shapes, and so does what they write into a cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from nanoglm.ops import torch_tiled  # noqa: E402
 from nanoglm.ops.triton import rows as kernels  # noqa: E402
+from nanoglm.ops.triton import select  # noqa: E402
 
 drawn = settings(deadline=None, max_examples=int(os.environ.get("DRAWN_CASES", "50")), derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -67,3 +68,90 @@ def test_swiglu(device, count, dim, dtype, seed) -> None:
     found = kernels.swiglu(gate.to(device), up.to(device))
     if count:
         close(found, torch_tiled.silu(gate.double()) * up.double())
+
+
+@drawn
+@given(
+    st.integers(0, 9), st.integers(1, 300), st.integers(1, 20), st.integers(0, 5), st.sampled_from([1, 7, 64]),
+    DTYPES, st.integers(0, 99),
+)  # fmt: skip
+def test_write_latent(device, count, latent, half, beside, page, dtype, seed) -> None:
+    """To drawn places; what lies beside them stays."""
+    torch.manual_seed(seed)
+    kv, weight = torch.randn(count, latent + 2 * half + beside).to(dtype)[:, beside:], torch.randn(latent).to(dtype)
+    angles, slots = torch.randn(count, half), torch.randperm(12 * page)[:count]
+    cos, sin = angles.cos(), angles.sin()
+    pool = torch.full((12, page, latent + 2 * half), 7.0, dtype=dtype, device=device)
+    moved = [x.to(device) for x in (kv, weight, cos, sin, slots)]
+    kernels.write_latent(pool, *moved[:2], 1e-5, *moved[2:])
+    found = pool.flatten(0, 1).cpu()
+    wide = kv.double()
+    normed = torch_tiled.rms_norm(wide[:, :latent], weight.double(), 1e-5)
+    if count:
+        close(found[slots][:, :latent].to(device), normed)
+        close(found[slots][:, latent:].to(device), torch_tiled.rotate(wide[:, latent:], cos.double(), sin.double()))
+    found[slots] = 7
+    assert bool((found == 7).all())
+
+
+def index_keys(count: int, half: int, unturned: int, beside: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Keys, weight, bias, cos and sin."""
+    dim, angles = 2 * half + unturned, torch.randn(count, half)
+    keys = torch.randn(count, dim + beside).add(0.3).to(dtype)[:, beside:]
+    return keys, torch.randn(dim).to(dtype), torch.randn(dim).to(dtype), angles.cos(), angles.sin()
+
+
+def finished(keys, weight, bias, cos, sin) -> torch.Tensor:
+    """In fp64, but rounded where the kernels round."""
+    normed = torch_tiled.layer_norm(keys.double(), weight.double(), bias.double(), 1e-6).to(keys.dtype).double()
+    rope = 2 * cos.shape[1]
+    turned = torch_tiled.rotate(normed[:, :rope], cos.double(), sin.double())
+    return torch.cat([turned, normed[:, rope:]], 1)
+
+
+@drawn
+@given(
+    st.integers(0, 9), st.integers(1, 40), st.integers(0, 90), st.integers(0, 5), st.sampled_from([1, 7, 64]),
+    DTYPES, st.integers(0, 99),
+)  # fmt: skip
+def test_write_index_keys(device, count, half, unturned, beside, page, dtype, seed) -> None:
+    torch.manual_seed(seed)
+    given_keys, slots = index_keys(count, half, unturned, beside, dtype), torch.randperm(12 * page)[:count]
+    pool = torch.full((12, page, 2 * half + unturned), 7.0, dtype=dtype, device=device)
+    moved = [x.to(device) for x in (*given_keys, slots)]
+    kernels.write_index_keys(pool, *moved[:3], 1e-6, *moved[3:])
+    found = pool.flatten(0, 1).cpu()
+    if count:
+        expected = finished(*given_keys)
+        limit = 1e-5 if dtype == torch.float32 else 2**-7 if device.type == "cuda" else 2**-5  # two roundings
+        assert float((found[slots].double() - expected).abs().max()) <= limit * float(expected.abs().max())
+    found[slots] = 7
+    assert bool((found == 7).all())
+
+
+@drawn
+@given(
+    st.integers(1, 9), st.integers(1, 20), st.integers(0, 90), st.sampled_from([-9, 0, 9]), DTYPES, st.integers(0, 99)
+)
+def test_write_fp8_index_keys(device, count, half, unturned, size, dtype, seed) -> None:
+    """Scales are those of the keys that other kernels would have written, which are quantised as they are."""
+    torch.manual_seed(seed)
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no FP8")
+    unturned += -(2 * half + unturned) % 4
+    keys, weight, bias, *turn = index_keys(count, half, unturned, 0, dtype)
+    weight, bias, dim = weight * 2.0**size, bias * 2.0**size, 2 * half + unturned
+    slots = torch.randperm(3 * 64)[:count]
+    moved = [x.to(device) for x in (keys, weight, bias, *turn, slots)]
+    plain = torch.zeros(3, 64, dim, dtype=dtype, device=device)
+    kernels.write_index_keys(plain, *moved[:3], 1e-6, *moved[3:])
+    pools = [select.fp8_pool(3, 64, dim, device).fill_(127) for _ in range(2)]
+    kernels.write_index_keys(pools[0], *moved[:3], 1e-6, *moved[3:])
+    select.append_fp8(pools[1], plain.flatten(0, 1)[moved[-1]], moved[-1])
+    (found, scale), (expected, expected_scale) = ([x.cpu() for x in select.halves(pool)] for pool in pools)
+    assert torch.equal(scale, expected_scale)
+    a, b = found.view(torch.uint8).int(), expected.view(torch.uint8).int()
+    if device.type == "cpu":  # the interpreter rounds ties up, loses what it carries, and of the smallest numbers more
+        near = ((a - b).abs() <= 1) | (b % 8 == 0) & (a == b - 8) | (b % 128 <= 8) & ((a - b).abs() <= 4)
+        a = torch.where(near, b, a)
+    assert torch.equal(a, b)
