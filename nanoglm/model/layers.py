@@ -79,7 +79,7 @@ class Rotary:
         return ops.rotate(x, self.cos, self.sin)
 
     def first(self, x: Tensor) -> Tensor:
-        """x [T, I] or [T, J, I], needed no more -> its first R dims rotated, the others as they are: the indexer's RoPE."""
+        """x [T, I] or [T, J, I], needed no more -> its first R dims rotated, others as they are: indexers want that."""
         return ops.rotate(x, self.cos, self.sin, reuse=True)
 
 

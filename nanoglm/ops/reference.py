@@ -58,6 +58,32 @@ def experts_int8(
     return experts(x, ids, weights, gate_up * gate_up_scale[..., None], down * down_scale[..., None])
 
 
+def write_latent(
+    pool: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:  # fmt: skip
+    """Token by token."""
+    for row, slot in enumerate(slots.tolist()):
+        latent, rope = kv[row, : len(weight)].float(), kv[row, len(weight) :].float()
+        normed = weight.float() * latent / (latent.square().mean() + eps).sqrt()
+        pool.view(-1, kv.shape[1])[slot] = torch.cat([normed, _turned(rope, cos[row], sin[row])])
+
+
+def write_index_keys(
+    pool: Tensor, keys: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
+) -> None:
+    """Token by token, into a pool [pages, page_size, I]."""
+    for row, slot in enumerate(slots.tolist()):
+        key = keys[row].float() - keys[row].float().mean()
+        key = weight.float() * key / (key.square().mean() + eps).sqrt() + bias.float()
+        rope = 2 * cos.shape[1]
+        pool.view(-1, keys.shape[1])[slot] = torch.cat([_turned(key[:rope], cos[row], sin[row]), key[rope:]])
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs as complex numbers, turned by their angles."""
+    return torch.view_as_real(torch.complex(x[0::2], x[1::2]) * torch.complex(cos, sin)).flatten()
+
+
 def _visible_rows(row: int, batch: Batch) -> list[int]:
     """Storage rows of the positions a batch row may see: its own and all before it."""
     request = int(batch.requests[row])

@@ -91,6 +91,36 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def written_keys(rows: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """Of drawn inputs at GLM-5.2's shape the pools of latents, of index keys and of index keys in FP8."""
+    keys = torch.randn(rows, 576).bfloat16().to(dtype), torch.randn(rows, 128).bfloat16().to(dtype)
+    weight, scale, bias = (torch.randn(n).bfloat16().to(dtype) for n in (512, 128, 128))
+    angles, slots = torch.randn(rows, 32), torch.randperm(LENGTH)[:rows]
+    turn = angles.cos(), angles.sin(), slots
+    pools = [torch.zeros(LENGTH // PAGE, PAGE, n, dtype=dtype) for n in (576, 128)]
+    pools.append(ops.index_pool(LENGTH // PAGE, PAGE, 128, torch.float8_e4m3fn, "cuda"))
+    ops.write_latent(pools[0], keys[0], weight, 1e-5, *turn)
+    for pool in pools[1:]:
+        ops.write_index_keys(pool, keys[1], scale, bias, 1e-6, *turn)
+    return pools[0], pools[1], pools[2]
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_keys_are_written_as_in_fp64(rows: int) -> None:
+    """Elsewhere pools stay as they were; FP8 keys have the bits of those of the plain pool, quantised."""
+    latents, keys, eight = written_keys(rows)
+    torch.manual_seed(0)
+    exact = written_keys(rows, torch.float64)
+    for found, expected in zip((latents, keys), exact, strict=False):
+        assert error(found, expected) < 5e-3
+        assert torch.equal(found.any(-1), expected.any(-1)) and int(found.any(-1).sum()) == rows
+    from nanoglm.ops.triton.select import append_fp8
+
+    again, slots = torch.zeros_like(eight), keys.any(-1).flatten().nonzero().flatten()
+    append_fp8(again, keys.flatten(0, 1)[slots], slots)
+    assert torch.equal(eight, again)
+
+
 @pytest.mark.parametrize("rows", [1, 32, 300])
 def test_sparse_attention_at_the_real_shape(rows: int) -> None:
     """Split over the Selection, and whole; against fp64."""
@@ -166,6 +196,7 @@ CASES: dict[str, Callable[[], object]] = {
         torch.ones(500, 1024).bfloat16(), *expert_inputs(500)
     ),
     "attention backward": attention_gradients,
+    "writing": lambda: written_keys(64),
 }
 
 

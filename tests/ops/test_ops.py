@@ -1,5 +1,7 @@
 """Every op equals its plain reference on drawn shapes; gradients equal autograd's; ties are total."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -126,6 +128,33 @@ def test_experts_equal_reference_and_gradients(rows: int, experts: int, dim: int
     found = ops.experts(inputs[0], ids, *inputs[1:])
     torch.testing.assert_close(found, reference.experts(inputs[0], ids, *inputs[1:]), rtol=1e-4, atol=1e-4)
     _same_gradients(lambda x, *w: ops.experts(x, ids, *w), lambda x, *w: reference.experts(x, ids, *w), inputs, 1e-3)
+
+
+@shapes
+@given(
+    st.integers(0, 40), st.integers(1, 80), st.integers(1, 20), st.integers(0, 70), st.sampled_from([1, 7, 64]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_written_keys_equal_reference(rows, latent, half, unturned, page, dtype, native: bool, seed: int) -> None:
+    """With kernels and without; into plain pools and, of index keys, whatever ``index_pool`` chooses."""
+    torch.manual_seed(seed)
+    kv, weight = torch.randn(rows, latent + 2 * half).to(dtype), torch.randn(latent).to(dtype)
+    keys, scale, bias = (torch.randn(*s, 2 * half + unturned).to(dtype) for s in ((rows,), (), ()))
+    angles, slots = torch.randn(rows, half), torch.randperm(50 * page)[:rows]
+    turn = angles.cos(), angles.sin(), slots
+    with patch.object(cpu, "best", cpu.best if native else lambda: None):
+        latents = torch.zeros(50, page, kv.shape[1], dtype=dtype)
+        pools = torch.zeros(50, page, keys.shape[1], dtype=dtype), ops.index_pool(50, page, keys.shape[1], dtype)
+        ops.write_latent(latents, kv, weight, 1e-5, *turn)
+        for pool in pools:
+            ops.write_index_keys(pool, keys, scale, bias, 1e-6, *turn)
+    expected = [torch.zeros(*x.shape) for x in (latents, pools[0])]
+    reference.write_latent(expected[0], kv, weight, 1e-5, *turn)
+    reference.write_index_keys(expected[1], keys, scale, bias, 1e-6, *turn)
+    packed = pools[1] if pools[1].ndim == 3 else cpu.unpack(pools[1], keys.shape[1]).view(expected[1].shape)
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for found, exact in zip((latents, pools[0], packed), (expected[0], expected[1], expected[1]), strict=True):
+        torch.testing.assert_close(found.float(), exact, rtol=limit, atol=limit)
 
 
 def _same_gradients(ours, plain, inputs: list[Tensor], tolerance: float = 1e-4) -> None:

@@ -267,7 +267,7 @@ class Library:
         The norm is torch's, as in training: bits follow from the order in which it adds up.
         """
         assert pool.is_contiguous()
-        normed = torch_tiled.layer_norm(keys.float(), weight, bias, eps)
+        normed = torch.layer_norm(keys.float(), weight.shape, weight.float(), bias.float(), eps)
         cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
         self.handle.nanoglm_write_index_keys(
             _bf16(keys), normed.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), *keys.shape,
