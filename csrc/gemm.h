@@ -257,7 +257,7 @@ template <class X> struct Products {  // scratch of one thread, kept from call t
       }
       return;
     }
-    for (int from = 0; from < inputs; from += DEPTH * D::PER) {
+    for (int from = 0; !from || from < inputs; from += DEPTH * D::PER) {  // of no inputs the sums are zero
       const int some = std::min(DEPTH * D::PER, inputs - from), dwords = (some + D::PER - 1) / D::PER;
       const bool last = from + some == inputs;
       if (packed != w.at || packed_from != from) {

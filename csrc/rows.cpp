@@ -65,9 +65,9 @@ template <class X> void quantise(const X* x, int64_t count, int dim, int8_t* y, 
 }
 
 // A key's dwords to their place in a packed pool.
-inline void append(const uint32_t* key, int64_t slot, int dwords, uint32_t* pool) {
+inline void append(const void* key, int64_t slot, int dwords, uint32_t* pool) {
   uint32_t* to = pool + slot / GROUP * dwords * GROUP + slot % GROUP;
-  for (int d = 0; d < dwords; d++) to[d * GROUP] = key[d];
+  for (int d = 0; d < dwords; d++) memcpy(to + d * GROUP, (const char*)key + 4 * d, 4);
 }
 
 template <class X>
@@ -89,18 +89,18 @@ void write_index_keys(const float* normed, const float* cos, const float* sin, c
 #pragma omp parallel num_threads(threads)
   {
     std::vector<X> row((size_t)(whole * PER));
-    std::vector<uint32_t> packed((size_t)dwords);
+    std::vector<int8_t> packed((size_t)dwords * 4);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < count; t++) {
       for (int i = 0; i < dim; i++) put(&row[(size_t)i], normed[t * dim + i]);
       turn(row.data(), cos + t * (rope / 2), sin + t * (rope / 2), rope / 2, row.data());
       if (int8) {
-        int8_t* to = (int8_t*)packed.data();
+        int8_t* to = packed.data();
         const float scale = quantise_row(row.data(), dim, to);
         for (int i = 0; i < dwords * 4 - 4; i++) to[i] = (int8_t)((i < dim ? to[i] : 0) ^ 0x80);  // 128 more, as unsigned
         memcpy(to + dwords * 4 - 4, &scale, 4);
       }
-      append(int8 ? packed.data() : (const uint32_t*)row.data(), slots[t], dwords, pool);
+      append(int8 ? (const void*)packed.data() : row.data(), slots[t], dwords, pool);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""Sizes of memory as users write them, and what this process took at most."""
+"""Sizes of memory as users write them, what this process took at most, and that it keeps what it will need again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def keep_freed() -> None:
     """Has glibc keep the memory of one step for the next.
 
     It asks the system for a large block and gives it back each time, until it has once been given a block of that
-    size (up to 32 MB); from then on such blocks come from its heap, of which it keeps 64 MB. A prefill of 8K paid up to
-    50,000 page faults otherwise, 5 % of its time. Nothing touches the block that is given back here.
+    size (up to 32 MB); from then on such blocks come from its heaps, of which it keeps what is free, up to 64 MB. A
+    prefill of 8K paid up to 50,000 page faults otherwise, 5 % of its time (docs/log.md). This holds for the process.
     """
     torch.empty((32 << 20) - (8 << 10), dtype=torch.uint8, device="cpu")

@@ -76,14 +76,18 @@ def bench_gpu(
         result.rows["ceilings"] = ceilings
         rows = result.rows["ops"] = []
         for part in (indexers, attentions, experts, gradients):
-            for op in part(length, shrink):
-                progress(op.name, 0.0)
-                try:
-                    rows.append(row_of(op, rounds, limits))
-                except torch.OutOfMemoryError:
-                    result.notes.append(f"{op.name}: more memory than the card has")
+            try:
+                for op in part(length, shrink):
+                    progress(op.name, 0.0)
+                    try:
+                        rows.append(row_of(op, rounds, limits))
+                    except torch.OutOfMemoryError:
+                        result.notes.append(f"{op.name}: more memory than the card has")
+                    del op  # its inputs would count as what the next takes
+                    free()
+            except torch.OutOfMemoryError:
+                result.notes.append(f"{part.__name__}, at some point: more memory than the card has")
                 free()
-        del op  # its inputs would count as what models take
     for table, run in (("prefill", stack), ("run", million), ("step", training), ("curve", curve)):
         progress(run.__name__, 0.5)
         try:

@@ -41,7 +41,8 @@ class PagedCache:
         self, config: GLMConfig, pages: int, *, dtype: torch.dtype = torch.float32,
         index_dtype: torch.dtype | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        keep_freed()
+        if torch.device(device).type == "cpu":
+            keep_freed()
         self._widths = config.kv_lora_rank, config.qk_rope_head_dim
         layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
         self._keys = [torch.zeros(pages, PAGE, sum(self._widths), dtype=dtype, device=device) for _ in layers]

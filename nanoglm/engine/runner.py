@@ -115,7 +115,7 @@ class Runner:
         for place in range(max(wanted)):
             if place:
                 tokens = torch.tensor([(r.drafts or r.outputs)[-1] for r, _ in going], device=self.device)
-                turned = replace(batch, rope_positions=batch.positions + place)
+                turned = replace(batch, rope_positions=batch.positions + place - 1)
                 (m_TD,) = self.graphs.run("draft", self._further, turned, tokens, m_TD, selection)
             for (request, n), logits_V in zip(going, self.model.logits(m_TD), strict=True):
                 if len(request.drafts) == place < n:  # less where a mask let nothing follow
@@ -129,10 +129,9 @@ class Runner:
         return m_TD, selection
 
     def _further(self, batch: Batch, tokens_T: Tensor, m_TD: Tensor, selection: Tensor) -> Tensors:
-        """A later step's m, as ``GLM.draft`` makes it; its depth is in the batch's rotation, for a graph serves all."""
-        rotary = self.model.rotary(batch.turns)
-        step = Pass(batch, rotary, self.cache).draft(rotary)
-        return self.model.mtp.draft(self.model.model.embed_tokens(tokens_T), m_TD, step, selection)[:1]
+        """A later step's m. Each is the next of the one before, which the batch is turned for: a graph serves all."""
+        step = Pass(batch, self.model.rotary(batch.turns), self.cache)
+        return self.model.draft(tokens_T, m_TD, step, depth=1, selection=selection)[:1]
 
 
 def _record(

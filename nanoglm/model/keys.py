@@ -1,7 +1,8 @@
 """Keys on their way into a store: projected, and not yet what others attend to.
 
 A latent takes a norm and its rope key a rotation, an index key both (architecture spec 2.4, 2.6). Whole sequences
-keep them ``finished``, as tensors with gradients; a cache has them written, which is the same in one op.
+keep them ``finished``, as tensors with gradients; a cache has them written, which is the same in one op: it reads the
+norms' parameters and does not call the modules.
 
 Shape legend: T tokens, C latent, R rope, A = C + R, I index dim.
 """

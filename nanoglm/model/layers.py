@@ -79,7 +79,8 @@ class Rotary:
         return ops.rotate(x, self.cos, self.sin)
 
     def first(self, x: Tensor) -> Tensor:
-        """x [T, I] or [T, J, I], needed no more -> its first R dims rotated, others as they are: indexers want that."""
+        """x [T, I] or [T, J, I] -> its first R dims rotated, the others as they are, as indexers want it. Without
+        gradients x itself may become the result: who else keeps it must copy it."""
         return ops.rotate(x, self.cos, self.sin, reuse=True)
 
 

@@ -5,7 +5,8 @@ and autograd, so devices, ``torch.compile`` and autograd work as PyTorch users e
 registers a kernel for its device under the same name; ``torch_tiled`` serves every other device,
 and ``reference`` is each op's specification in the obvious form, for tests.
 
-Pure ops return new tensors and alias no input. Those under *cache* alone mutate: a pool, in place.
+Ops return new tensors and alias no input. Those under *cache* mutate a pool; :func:`rotate` may take an input's memory
+where it is told so.
 """
 
 from __future__ import annotations
@@ -427,8 +428,8 @@ def index_append(pool: Tensor, keys: Tensor, slots: Tensor) -> None:
     run(pool, keys, slots)
 
 
-# What attention and indexers keep of a token, from their projections to the pool. Where no kernel serves, and nobody
-# traces, these are the ops they consist of.
+# What attention and indexers keep of a token, from their projections to the pool. Registered for those who trace; run,
+# they take a kernel where one serves, else the ops they consist of.
 @torch.library.custom_op("nanoglm::write_latent", mutates_args=("pool",))
 def _write_latent(
     pool: Tensor, kv: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, slots: Tensor
@@ -462,8 +463,7 @@ def _write_index_keys(
     if kernels := _index_kernels(pool, keys, weight, bias):
         kernels.write_index_keys(pool, keys, weight, bias, eps, cos, sin, slots)
         return
-    first, rest = layer_norm(keys, weight, bias, eps).split([2 * cos.shape[1], keys.shape[1] - 2 * cos.shape[1]], 1)
-    index_append(pool, torch.cat([rotate(first, cos, sin), rest], 1), slots)
+    index_append(pool, rotate(layer_norm(keys, weight, bias, eps), cos, sin, reuse=True), slots)
 
 
 @_write_index_keys.register_fake

@@ -112,7 +112,7 @@ class Batch:
         self, selection: Tensor, locate: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """``locate(selection, requests, table, page_size)``, remembered until another Selection comes: layers that
-        share one get the same object."""
+        share one get the same object. It must not be written to meanwhile, and lives as long as the batch."""
         last = self._last
         if not last or last[0][0] is not selection:
             last.clear()  # before there are two

@@ -230,6 +230,12 @@ def test_linear_and_headwise_equal_torch(isa: str, rows, inputs, outputs, heads,
     assert torch.equal(ops.linear_fp32(x[row : row + 1, 0], exact), mixed[row : row + 1])
 
 
+@pytest.mark.parametrize("rows", [1, 50])
+def test_of_no_inputs_sums_are_zero(isa: str, rows: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not ops.linear(torch.empty(rows, 0, dtype=dtype), torch.empty(70, 0, dtype=dtype)).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inputs", [513, 1100, 2051])
 def test_many_inputs_go_in_parts(isa: str, inputs: int, dtype: torch.dtype) -> None:

@@ -220,6 +220,7 @@ class Library:
         if x.stride(-1) != 1:
             x = x.contiguous()
         y = x if reuse and x.is_contiguous() else x.new_empty(x.shape)
+        cos, sin = cos.contiguous(), sin.contiguous()
         heads, head_step = (1, 0) if x.ndim == 2 else (x.shape[1], x.stride(1))
         self.handle.nanoglm_rotate(
             _bf16(x), x.data_ptr(), x.stride(0), head_step, cos.data_ptr(), sin.data_ptr(), x.shape[0], heads,

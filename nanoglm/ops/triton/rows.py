@@ -47,11 +47,11 @@ def _rotate(x, cos, sin, y, x_row, x_head, heads, dim, pairs, half, count, BLOCK
     at = x + t * x_row + head * x_head + 2 * pair
     even = tl.load(at, mask=first, other=0.0).to(tl.float32)
     odd = tl.load(at + 1, mask=second, other=0.0).to(tl.float32)
-    c = tl.load(cos + t * half + pair, mask=turned, other=1.0)
+    c = tl.load(cos + t * half + pair, mask=turned, other=0.0)
     s = tl.load(sin + t * half + pair, mask=turned, other=0.0)
     to = y + (t * heads + head) * dim + 2 * pair
-    tl.store(to, (even * c - odd * s).to(y.dtype.element_ty), mask=first)
-    tl.store(to + 1, (odd * c + even * s).to(y.dtype.element_ty), mask=second)
+    tl.store(to, tl.where(turned, even * c - odd * s, even).to(y.dtype.element_ty), mask=first)
+    tl.store(to + 1, tl.where(turned, odd * c + even * s, odd).to(y.dtype.element_ty), mask=second)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, reuse: bool = False) -> Tensor:
