@@ -330,7 +330,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
         if slots.numel():
             gate, up = linear(x[slots // k], gate_up[expert]).chunk(2, -1)
             results[slots] = linear(silu(gate) * up, down[expert])
-    return (wide(results.view(*ids.shape, -1)) * weights[..., None]).sum(1).to(x.dtype)
+    return (wide(results.view(*ids.shape, x.shape[1])) * weights[..., None]).sum(1).to(x.dtype)
 
 
 def experts_int8(
@@ -348,7 +348,7 @@ def experts_int8(
         if slots.numel():
             gate, up = product(x[slots // k], gate_up[expert], gate_up_scale[expert]).chunk(2, -1)
             results[slots] = product(silu(gate) * up, down[expert], down_scale[expert])
-    return (results.view(*ids.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
+    return (results.view(*ids.shape, x.shape[1]) * weights[..., None]).sum(1).to(x.dtype)
 
 
 def experts_backward(
