@@ -40,6 +40,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _turn(even, odd, cos, sin, at, inside):
+    """Pairs turned, where inside; others as they are."""
+    c = tl.load(cos + at, mask=inside, other=1.0)
+    s = tl.load(sin + at, mask=inside, other=0.0)
+    return tl.where(inside, even * c - odd * s, even), tl.where(inside, odd * c + even * s, odd)
+
+
+@triton.jit
 def _rotate(x, cos, sin, y, x_row, x_head, heads, dim, pairs, half, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     pair, head, t = i % pairs, (i // pairs) % heads, i // pairs // heads
@@ -47,11 +55,10 @@ def _rotate(x, cos, sin, y, x_row, x_head, heads, dim, pairs, half, count, BLOCK
     at = x + t * x_row + head * x_head + 2 * pair
     even = tl.load(at, mask=first, other=0.0).to(tl.float32)
     odd = tl.load(at + 1, mask=second, other=0.0).to(tl.float32)
-    c = tl.load(cos + t * half + pair, mask=turned, other=0.0)
-    s = tl.load(sin + t * half + pair, mask=turned, other=0.0)
+    even, odd = _turn(even, odd, cos, sin, t * half + pair, turned)
     to = y + (t * heads + head) * dim + 2 * pair
-    tl.store(to, tl.where(turned, even * c - odd * s, even).to(y.dtype.element_ty), mask=first)
-    tl.store(to + 1, tl.where(turned, odd * c + even * s, odd).to(y.dtype.element_ty), mask=second)
+    tl.store(to, even.to(y.dtype.element_ty), mask=first)
+    tl.store(to + 1, odd.to(y.dtype.element_ty), mask=second)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, reuse: bool = False) -> Tensor:
@@ -89,13 +96,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ into the cache
-@triton.jit
-def _turn(even, odd, cos, sin, at, inside):
-    c = tl.load(cos + at, mask=inside, other=1.0)
-    s = tl.load(sin + at, mask=inside, other=0.0)
-    return even * c - odd * s, odd * c + even * s
-
-
 @triton.jit
 def _write_latent(
     pool, kv, weight, cos, sin, slots, kv_row, latent, half, eps,
@@ -150,8 +150,7 @@ def _write_index_keys(
     odd += tl.load(bias + at + 1, mask=second, other=0.0).to(tl.float32)
     # Rounded between norm and rotation, and after it, as where each is a kernel.
     even, odd = even.to(keys.dtype.element_ty).to(tl.float32), odd.to(keys.dtype.element_ty).to(tl.float32)
-    turned, other = _turn(even, odd, cos, sin, t * half + at // 2, at // 2 < half)
-    even, odd = tl.where(at // 2 < half, turned, even), tl.where(at // 2 < half, other, odd)
+    even, odd = _turn(even, odd, cos, sin, t * half + at // 2, at // 2 < half)
     even, odd = even.to(keys.dtype.element_ty).to(tl.float32), odd.to(keys.dtype.element_ty).to(tl.float32)
     slot = tl.load(slots + t)
     page, place = slot // page_size, slot % page_size
