@@ -287,6 +287,8 @@ def test_norm_rope_and_top_equal_torch(isa: str, rows, heads, half, beyond, dtyp
     assert torch.equal(found[1][..., 2 * half :], x[..., 2 * half :])
     taken = x.clone(memory_format=torch.contiguous_format)
     assert ops.rotate(taken, angles.cos(), angles.sin(), reuse=True) is taken and torch.equal(taken, found[1])
+    cos, sin = (torch.cat([f(angles), angles], 1)[:, :half] for f in (torch.cos, torch.sin))  # with gaps between rows
+    assert torch.equal(ops.rotate(x, cos, sin), found[1])
     if not x.is_contiguous():  # nothing to reuse
         assert torch.equal(ops.rotate(x, angles.cos(), angles.sin(), reuse=True), found[1])
     scores = torch.randn(rows, half + 1).mul(3).round() * torch.tensor([1.0, -0.0])[seed % 2]  # many ties, -0.0 too

@@ -217,6 +217,7 @@ class Library:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, reuse: bool = False) -> Tensor:
         """x [T, I] or [T, H, I] -> the same shape, the first dims rotated."""
+        assert 2 * cos.shape[1] <= x.shape[-1], f"RoPE of {2 * cos.shape[1]} dims; there are {x.shape[-1]}"
         if x.stride(-1) != 1:
             x = x.contiguous()
         y = x if reuse and x.is_contiguous() else x.new_empty(x.shape)
@@ -267,7 +268,7 @@ class Library:
 
         The norm is torch's, as in training: bits follow from the order in which it adds up.
         """
-        assert pool.is_contiguous()
+        assert pool.is_contiguous() and 2 * cos.shape[1] <= keys.shape[1]
         normed = torch.layer_norm(keys.float(), weight.shape, weight.float(), bias.float(), eps)
         cos, sin, slots = cos.contiguous(), sin.contiguous(), slots.contiguous()
         self.handle.nanoglm_write_index_keys(

@@ -106,9 +106,7 @@ def index_keys(count: int, half: int, unturned: int, beside: int, dtype: torch.d
 def finished(keys, weight, bias, cos, sin) -> torch.Tensor:
     """In fp64, but rounded where the kernels round."""
     normed = torch_tiled.layer_norm(keys.double(), weight.double(), bias.double(), 1e-6).to(keys.dtype).double()
-    rope = 2 * cos.shape[1]
-    turned = torch_tiled.rotate(normed[:, :rope], cos.double(), sin.double())
-    return torch.cat([turned, normed[:, rope:]], 1)
+    return torch_tiled.rotate(normed, cos.double(), sin.double())
 
 
 @drawn
